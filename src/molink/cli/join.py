@@ -1,0 +1,175 @@
+"""`molink join`: give this machine to a cluster."""
+
+import asyncio
+import fcntl
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+
+from molink.cli.console import fail, own_versions, run_until_signal, say
+from molink.cli.flags import check_flags, stage_settings
+from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
+from molink.core.plan import LayerRange
+from molink.node.enrolment import request_identity
+from molink.node.home import ClusterFolder, RunFolder
+from molink.node.member import MemberAgent, MemberSettings
+from molink.node.stage_host import StageHost
+from molink.transport.identity import NodeIdentity
+from molink.transport.token import JoinToken
+
+MAX_NODES_PER_MACHINE = 64
+CONNECT_TIMEOUT_S = 5.0
+
+
+def join(
+    context: typer.Context,
+    head: Annotated[
+        str | None, typer.Argument(metavar="[HEAD:PORT]", help="Instead of the token's address.")
+    ] = None,
+    token: Annotated[str | None, typer.Option(help="The token that molink serve printed.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds the token.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model's folder, if it lies elsewhere on this machine.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="A:B", help="Layers of this node (end exclusive).")
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where other nodes may dial this one.")
+    ] = "0.0.0.0:0",
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Its address as others see it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    name: Annotated[
+        str | None, typer.Option(help="Name of this node; the host's name if not given.")
+    ] = None,
+) -> None:
+    """Join the cluster that the token names, and compute a part of its model.
+
+    Every flag that is not listed is this node's own vLLM flag (tensor parallel size, memory share,
+    offload).
+    """
+    flags = list(context.args)
+    try:
+        check_flags(flags)
+        if layers is not None:
+            LayerRange.parse(layers.replace(":-1", ":65535"))
+        invitation = _read_token(token, token_file)
+        addresses = (head,) if head else invitation.addresses
+        node_name = name or socket.gethostname()
+        settings = MemberSettings(
+            name=node_name,
+            head="",
+            listen=listen,
+            advertise=advertise,
+            model=str(Path(model).resolve()) if model and Path(model).exists() else model,
+            layers=layers,
+            versions=own_versions(),
+            stage=stage_settings(model or "", device, flags, send=True),
+        )
+        run_until_signal(lambda on_signal: _join(on_signal, invitation, addresses, settings))
+    except MolinkError as error:
+        fail(error)
+
+
+def _read_token(token: str | None, file: Path | None) -> JoinToken:
+    if (token is None) == (file is None):
+        raise UsageError("give the token that molink serve printed: --token T or --token-file F")
+    if token is None:
+        assert file is not None
+        try:
+            token = file.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read the token file {file}: {error}") from None
+    invitation = JoinToken.decode(token.strip())
+    invitation.check_not_expired()
+    return invitation
+
+
+async def _join(
+    on_signal: Callable[[Callable[[], None]], None],
+    invitation: JoinToken,
+    addresses: tuple[str, ...],
+    settings: MemberSettings,
+) -> None:
+    folder, lock = _own_folder(invitation.cluster_id)
+    run_folder = RunFolder()
+    try:
+        identity, head = await _identity(folder, invitation, addresses, settings.name)
+        node = identity.verify().node
+        logs = folder.path / "logs"
+        agent = MemberAgent(
+            identity,
+            replace(settings, head=head),
+            run_folder,
+            lambda gone: StageHost(node, run_folder, logs, gone),
+            say,
+        )
+        on_signal(lambda: agent.end("stopped"))
+        say(f"logs are in {logs}")
+        say(await agent.run())
+    finally:
+        run_folder.remove()
+        lock.close()
+
+
+async def _identity(
+    folder: ClusterFolder, invitation: JoinToken, addresses: tuple[str, ...], name: str
+) -> tuple[NodeIdentity, str]:
+    """This node's identity, old or new, and the head's address that answered."""
+    kept = _kept_identity(folder, invitation)
+    troubles = []
+    for address in addresses:
+        try:
+            if kept is not None:
+                await _check_reachable(address)
+                return kept, address
+            identity = await request_identity(address, invitation, name)
+        except LinkError as error:
+            troubles.append(f"{address}: {error}")
+        else:
+            identity.save(folder.identity)
+            return identity, address
+    raise LinkError("cannot join: " + "; ".join(troubles))
+
+
+async def _check_reachable(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        _, writer = await asyncio.wait_for(
+            asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_TIMEOUT_S
+        )
+    except (OSError, ValueError, TimeoutError) as error:
+        raise LinkError(f"cannot be reached: {error or 'no answer'}") from None
+    writer.close()
+
+
+def _kept_identity(folder: ClusterFolder, invitation: JoinToken) -> NodeIdentity | None:
+    """The identity of an earlier time in the same cluster, unless it is damaged or out of date."""
+    if not folder.identity.exists():
+        return None
+    try:
+        identity = NodeIdentity.load(folder.identity)
+        identity.verify()
+    except IdentityError:
+        return None
+    return identity
+
+
+def _own_folder(cluster_id: str) -> tuple[ClusterFolder, IO[str]]:
+    """A folder for this node that no other node on this machine uses."""
+    for number in range(1, MAX_NODES_PER_MACHINE + 1):
+        folder = ClusterFolder(f"joined-{cluster_id}-{number}")
+        file = open(folder.path / "lock", "w")  # noqa: SIM115 - held until the command ends
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+        else:
+            return folder, file
+    raise UsageError(f"{MAX_NODES_PER_MACHINE} nodes of this cluster already run on this machine")

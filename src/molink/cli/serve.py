@@ -1,0 +1,238 @@
+"""`molink serve`: the head of a cluster, or plain vLLM on one machine."""
+
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+
+from molink.cli.console import fail, own_versions, run_until_signal, say
+from molink.cli.flags import check_flags, stage_settings
+from molink.cluster.coordinator import Coordinator
+from molink.cluster.model_files import read_model
+from molink.cluster.state import ClusterState
+from molink.cluster.store import Store
+from molink.core.errors import MolinkError, UsageError
+from molink.core.ids import HEAD
+from molink.node.engine_host import EngineHost, EngineSettings
+from molink.node.head import HeadAgent, HeadSettings
+from molink.node.home import ClusterFolder, RunFolder
+from molink.node.stage_host import StageHost
+from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
+from molink.transport.token import JoinToken, new_secret
+
+TOKEN_LIFETIME_S = 24 * 3600
+DEFAULT_LISTEN = "0.0.0.0:7171"
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Folder or hub id of the model.")],
+    host: Annotated[str, typer.Option(help="Address of the HTTP API.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 8080,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where other nodes reach this one.")
+    ] = DEFAULT_LISTEN,
+    advertise: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address to put into the token, if it differs."),
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Wait for so many nodes, this one counted.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A:B|none",
+            help="Layers of this node (end exclusive, -1 = last); none: compute nothing here.",
+        ),
+    ] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="Write the join token here (0600).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    cluster: Annotated[
+        str | None, typer.Option(help="Name of the cluster's folder under MOLINK_HOME.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of this node; the host's name if not given.")
+    ] = None,
+) -> None:
+    """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
+
+    Every flag that is not listed goes to vLLM (see `vllm serve --help`).
+    """
+    flags = list(context.args)
+    try:
+        check_flags(flags)
+        _check_http(host, port, flags)
+        if nodes in (None, 1) and layers is None:
+            _plain_vllm(model, host, port, device, flags)
+        folder = ClusterFolder(cluster or _slug(model))
+        run_until_signal(
+            lambda on_signal: _serve(
+                on_signal,
+                folder,
+                EngineSettings(model, host, port, tuple(flags), {}),
+                _settings(model, host, port, listen, advertise, layers, device, name, flags),
+                nodes,
+                token_file,
+            )
+        )
+    except MolinkError as error:
+        fail(error)
+
+
+def _settings(
+    model: str,
+    host: str,
+    port: int,
+    listen: str,
+    advertise: str | None,
+    layers: str | None,
+    device: str,
+    name: str | None,
+    flags: list[str],
+) -> HeadSettings:
+    return HeadSettings(
+        name=name or socket.gethostname(),
+        listen=listen,
+        advertise=advertise,
+        layers=layers,
+        versions=own_versions(),
+        stage=stage_settings(model, device, flags, send=False),
+        http=f"http://{host}:{port}",
+    )
+
+
+def _plain_vllm(model: str, host: str, port: int, device: str, flags: list[str]) -> None:
+    """Become vLLM's own server; does not return."""
+    own_versions()
+    say("one node: this is plain vLLM, without any agent; add --nodes N to serve over N machines")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--host", host, "--port", str(port), *flags]
+    os.execv(sys.executable, command)
+
+
+async def _serve(
+    on_signal: Callable[[Callable[[], None]], None],
+    folder: ClusterFolder,
+    engine: EngineSettings,
+    settings: HeadSettings,
+    nodes: int | None,
+    token_file: Path | None,
+) -> None:
+    model = read_model(engine.model)
+    authority = _authority(folder)
+    store = Store(folder.state)
+    coordinator = Coordinator(
+        store.load() or ClusterState(authority.cluster_id),
+        store,
+        time.time,
+        settings.versions,
+        nodes,
+    )
+    coordinator.start(model, settings.name)
+    run_folder = RunFolder()
+    logs = folder.path / "logs"
+    try:
+        agent = HeadAgent(
+            coordinator,
+            authority,
+            _identity(authority, settings.name),
+            settings,
+            run_folder,
+            lambda gone: StageHost(HEAD, run_folder, logs, gone),
+            lambda gone: EngineHost(engine, run_folder, logs, gone),
+            say,
+        )
+        on_signal(lambda: agent.end("stopped"))
+        port = await agent.listen()
+        _print_invitation(coordinator, authority, settings, port, token_file or folder.token)
+        say(f"logs are in {logs}")
+        say(await agent.run())
+    finally:
+        run_folder.remove()
+        store.close()
+
+
+def _print_invitation(
+    coordinator: Coordinator,
+    authority: ClusterAuthority,
+    settings: HeadSettings,
+    port: int,
+    token_file: Path,
+) -> None:
+    token = JoinToken(
+        addresses=_addresses(settings, port),
+        authority_key=authority.public_key_bytes,
+        secret=new_secret(),
+        cluster_id=authority.cluster_id,
+        expires_at=int(time.time()) + TOKEN_LIFETIME_S,
+    )
+    coordinator.add_token(token.enrolment_root(), token.expires_at)
+    text = token.encode()
+    token_file.touch(mode=0o600)
+    token_file.write_text(text + "\n")
+    say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
+    say("on the next machine, run (the token is good for 24 hours):")
+    print(f"\n    molink join --token {text}\n", flush=True)
+
+
+def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:
+    if settings.advertise is not None:
+        return (settings.advertise,)
+    host = settings.listen.rpartition(":")[0]
+    if host not in ("0.0.0.0", "[::]", "::", ""):
+        return (f"{host}:{port}",)
+    found = [
+        address.address
+        for interface in psutil.net_if_addrs().values()
+        for address in interface
+        if address.family == socket.AF_INET and not address.address.startswith("127.")
+    ]
+    return tuple(f"{address}:{port}" for address in (*found[:3], "127.0.0.1"))
+
+
+def _authority(folder: ClusterFolder) -> ClusterAuthority:
+    if folder.authority.exists():
+        return ClusterAuthority.load(folder.authority)
+    authority = ClusterAuthority.create(f"{folder.path.name}-{secrets.token_hex(3)}")
+    authority.save(folder.authority)
+    return authority
+
+
+def _identity(authority: ClusterAuthority, name: str) -> NodeIdentity:
+    key = NodeKey()
+    certificate = authority.sign_node(key.request_pem(), node=HEAD, name=name)
+    return key.accept(
+        certificate, authority.certificate_pem, authority_key=authority.public_key_bytes
+    )
+
+
+def _check_http(host: str, port: int, flags: list[str]) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UsageError(
+                f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another --port"
+            ) from None
+    has_key = any(flag.partition("=")[0] in ("--api-key", "--api_key") for flag in flags)
+    if host not in ("127.0.0.1", "localhost", "::1") and not has_key:
+        say(f"warning: the API on {host}:{port} is open to everybody who reaches it; use --api-key")
+
+
+def _slug(model: str) -> str:
+    name = Path(model).name or "cluster"
+    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:40]

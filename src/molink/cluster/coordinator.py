@@ -1,0 +1,208 @@
+"""The only writer of a cluster's state. No I/O but the store; the head's agent calls it."""
+
+import math
+import re
+from collections.abc import Callable
+
+from molink.cluster.admission import HeldModel, Hello, check_model, check_versions
+from molink.cluster.assignment import Waiting, first_stages, mended_stages
+from molink.cluster.events import (
+    Event,
+    HeadStarted,
+    NodeEnrolled,
+    NodeJoined,
+    NodeLost,
+    NodeMeasured,
+    PipelinePlanned,
+    StageLost,
+    TokenCreated,
+)
+from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, Role, apply
+from molink.cluster.store import StateStore
+from molink.core.cluster import Resources, Versions
+from molink.core.errors import AdmissionError, PlanError
+from molink.core.ids import HEAD, MAX_NODE_ID, NodeId
+from molink.core.model import ModelFacts
+from molink.core.plan import LayerRange, Pipeline
+from molink.planning.split import find_gaps
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_MAX_REASON = 500  # characters; reasons come from other machines and are kept
+
+
+class Coordinator:
+    """Turns what the head's agent sees into events; each is on disk before its method returns.
+
+    `clock` gives unix seconds, `versions` are the head's, `nodes_wanted` is `--nodes`. Call `start`
+    once before anything else, then `plan` after every change.
+    """
+
+    def __init__(
+        self,
+        state: ClusterState,
+        store: StateStore,
+        clock: Callable[[], float],
+        versions: Versions,
+        nodes_wanted: int | None = None,
+    ) -> None:
+        self._state = state
+        self._store = store
+        self._clock = clock
+        self._versions = versions
+        self._nodes_wanted = nodes_wanted
+
+    @property
+    def state(self) -> ClusterState:
+        return self._state
+
+    @property
+    def live_roots(self) -> list[bytes]:
+        """PEM certificates below which holders of unexpired join tokens make theirs."""
+        now = self._clock()
+        return [token.root_certificate for token in self._state.tokens if token.expires_at > now]
+
+    def start(self, model: ModelFacts, head_name: str) -> None:
+        """Begin to serve `model`: all nodes are away, the head is node 0."""
+        self._record(HeadStarted(model, self._clock()))
+        if not self._state.nodes:
+            self._record(NodeEnrolled(HEAD, _checked_name(head_name), self._clock()))
+
+    def add_token(self, root_certificate: bytes, expires_at: float) -> None:
+        """Let holders of a token enrol until `expires_at` (unix seconds)."""
+        self._record(TokenCreated(root_certificate, expires_at, self._clock()))
+
+    def enrol(self, name: str) -> NodeId:
+        """Give a machine a new identity; AdmissionError for a bad name or a full cluster."""
+        node = NodeId(len(self._state.nodes))
+        if node > MAX_NODE_ID:
+            raise AdmissionError(f"the cluster has given all its {MAX_NODE_ID + 1} identities")
+        self._record(NodeEnrolled(node, self._free_name(name, node), self._clock()))
+        return node
+
+    def admit(self, node: NodeId, hello: Hello) -> NodeRecord:
+        """Take a connected node in; its name may have been made unique.
+
+        Raises:
+            AdmissionError: unknown identity, other versions, a malformed name or parallel size.
+            PlanError: its pinned layers are malformed, outside the model, or another node's.
+        """
+        self._known(node)
+        name = self._free_name(hello.name, node)
+        check_versions(name, hello.versions, self._versions)
+        if hello.tensor_parallel_size < 1:
+            raise AdmissionError(f"{name}: tensor parallel size {hello.tensor_parallel_size} < 1")
+        computes = hello.layers != "none"
+        if not computes and node != HEAD:
+            raise PlanError(f"{name}: only the head may compute no layers")
+        layers = self._pinned(node, name, hello.layers) if computes and hello.layers else None
+        joined = NodeJoined(
+            node,
+            name,
+            hello.versions,
+            hello.address,
+            layers,
+            computes,
+            hello.tensor_parallel_size,
+            self._clock(),
+        )
+        self._record(joined)
+        return self._state.node(node)
+
+    def measured(self, node: NodeId, resources: Resources, model: HeldModel) -> None:
+        """A node that was admitted is ready; a head that computes nothing reports zeros.
+
+        Raises:
+            AdmissionError: it was not admitted, holds another model, or reports nonsense.
+        """
+        record = self._known(node)
+        if not record.is_connected:
+            raise AdmissionError(f"{record.name} was measured before it joined")
+        check_model(record.name, model, self._model)
+        _check_resources(record, resources)
+        self._record(NodeMeasured(node, resources, self._clock()))
+
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """The connection to a node ended. Nothing happens for one that is already lost."""
+        if self._known(node).status is not NodeStatus.LOST:
+            self._record(NodeLost(node, reason[:_MAX_REASON], self._clock()))
+
+    def stage_lost(self, node: NodeId, reason: str) -> None:
+        """A node's stage process ended; nothing happens for a node that has no stage."""
+        self._known(node)
+        if self._state.role(node) is Role.STAGE:
+            self._record(StageLost(node, reason[:_MAX_REASON], self._clock()))
+
+    def plan(self) -> Pipeline | Waiting:
+        """The pipeline to run now: the present one, a new one, or a mended one of a later epoch.
+
+        Raises:
+            PlanError: the nodes wanted are there, but cannot make a pipeline.
+        """
+        state = self._state
+        if state.pipeline is None:
+            stages = first_stages(state, self._model, self._nodes_wanted)
+        elif state.is_down:
+            stages = mended_stages(state, self._model)
+        else:
+            return state.pipeline
+        if isinstance(stages, Waiting):
+            return stages
+        pipeline = Pipeline(stages, state.last_epoch + 1)
+        self._record(PipelinePlanned(pipeline, self._clock()))
+        return pipeline
+
+    def _record(self, event: Event) -> None:
+        state = apply(self._state, event)
+        self._store.save(state)  # first, so that nobody acts on what a restart would forget
+        self._state = state
+
+    @property
+    def _model(self) -> ModelFacts:
+        assert self._state.model is not None, "start() comes first"
+        return self._state.model
+
+    def _known(self, node: NodeId) -> NodeRecord:
+        try:
+            return self._state.node(node)
+        except ValueError as error:
+            raise AdmissionError(f"{error}: it must join again with a token") from error
+
+    def _pinned(self, node: NodeId, name: str, text: str) -> LayerRange:
+        try:
+            layers = LayerRange.parse(text, self._model.num_layers)
+        except PlanError as error:
+            raise PlanError(f"{name}: {error}") from error
+        others = [
+            (other.name, other.layers)
+            for other in self._state.connected
+            if other.layers and other.id != node
+        ]
+        find_gaps([*others, (name, layers)], self._model.num_layers)  # raises for an overlap
+        return layers
+
+    def _free_name(self, wanted: str, node: NodeId) -> str:
+        """`wanted`, or `wanted-2` and so on while another node goes by that name."""
+        _checked_name(wanted)
+        taken = {
+            other.name
+            for other in self._state.nodes
+            if other.id != node and other.status is not NodeStatus.LOST
+        }
+        names = (wanted if n == 1 else f"{wanted}-{n}" for n in range(1, len(taken) + 2))
+        return next(name for name in names if name not in taken)
+
+
+def _checked_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise AdmissionError(
+            f"node name {name[:80]!r}: 1 to 63 letters, digits, dots, dashes and underscores, "
+            "a letter or digit first"
+        )
+    return name
+
+
+def _check_resources(node: NodeRecord, resources: Resources) -> None:
+    speeds = (resources.bytes_per_s, resources.flop_per_s)
+    possible = resources.free_bytes >= 0 and all(0 <= speed < math.inf for speed in speeds)
+    if not possible or (node.computes and resources.bytes_per_s == 0):
+        raise AdmissionError(f"{node.name} reports impossible measurements: {resources}")

@@ -1,0 +1,89 @@
+"""What has happened in a cluster. `at` is in unix seconds; the coordinator's clock gives it."""
+
+from dataclasses import dataclass
+
+from molink.core.cluster import Resources, Versions
+from molink.core.ids import NodeId
+from molink.core.model import ModelFacts
+from molink.core.plan import LayerRange, Pipeline
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStarted:
+    """A new process of the head: nobody is connected to it and no stage is loaded."""
+
+    model: ModelFacts
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCreated:
+    root_certificate: bytes  # PEM; who has the token can make a leaf below it
+    expires_at: float  # unix seconds
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEnrolled:
+    """A machine has an identity; it has not said anything with it yet."""
+
+    node: NodeId
+    name: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeJoined:
+    """A node is connected; what an earlier process of the same identity said no longer counts."""
+
+    node: NodeId
+    name: str
+    versions: Versions
+    address: str | None  # where others may dial it; None: it only dials out
+    layers: LayerRange | None  # pinned by its user
+    computes: bool
+    tensor_parallel_size: int
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeMeasured:
+    """A node holds the right model and knows what it can do: it is ready for a stage."""
+
+    node: NodeId
+    resources: Resources
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    node: NodeId
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageLost:
+    """The stage's process ended; its node is still there and can load it again."""
+
+    node: NodeId
+    reason: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelinePlanned:
+    pipeline: Pipeline
+    at: float
+
+
+Event = (
+    HeadStarted
+    | TokenCreated
+    | NodeEnrolled
+    | NodeJoined
+    | NodeMeasured
+    | NodeLost
+    | StageLost
+    | PipelinePlanned
+)

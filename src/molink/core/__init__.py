@@ -1,0 +1,1 @@
+"""Nouns of the project; standard library only."""

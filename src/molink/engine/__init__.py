@@ -1,0 +1,1 @@
+"""The bridge to vLLM: the only package that imports vllm and torch."""

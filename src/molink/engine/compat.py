@@ -1,0 +1,132 @@
+"""Every touch on vLLM 0.32.0 that is not public API, with what would break it."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import parallel_state
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker import cpu_worker, gpu_worker
+
+from molink.core.plan import LayerRange
+from molink.engine.environment import FLAGS_VARIABLE
+from molink.engine.group import StageGroup
+
+
+def engine_flags() -> list[str]:
+    """The user's engine flags; the engine's process inherits them from the server's."""
+    flags: list[str] = json.loads(os.environ.get(FLAGS_VARIABLE, "[]"))
+    return flags
+
+
+def is_pooling(config: VllmConfig) -> bool:
+    """Pooling models answer in `execute_model`; breaks if `runner_type` is renamed."""
+    return bool(config.model_config.runner_type == "pooling")
+
+
+def strip_for_wire(output: SchedulerOutput) -> None:
+    """Leave out whole token lists, which runner V1 reads only under async scheduling.
+
+    Breaks if the runner of a stage reads `all_token_ids` elsewhere (gpu_model_runner, resumed
+    requests).
+    """
+    output.scheduled_cached_reqs.all_token_ids = {}
+
+
+def says_something(output: SchedulerOutput) -> bool:
+    """Whether a step without tokens changes anything on a stage."""
+    return bool(
+        output.finished_req_ids
+        or output.free_encoder_mm_hashes
+        or output.new_block_ids_to_zero
+        or output.kv_cache_block_copies
+    )
+
+
+@contextmanager
+def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
+    """While a worker initialises torch.distributed, the world is this stage's own ranks.
+
+    Afterwards the pipeline group is ours. Both worker modules import
+    `init_worker_distributed_environment` by name, and `parallel_state._PP` is what `get_pp_group`
+    returns; renaming either breaks this.
+    """
+    parallel = config.parallel_config
+    original = gpu_worker.init_worker_distributed_environment
+
+    def initialise(*args: Any, **kwargs: Any) -> None:
+        whole = parallel.pipeline_parallel_size, parallel.world_size
+        parallel.pipeline_parallel_size = 1
+        parallel.world_size = parallel.tensor_parallel_size
+        original(*args, **kwargs)
+        parallel.pipeline_parallel_size, parallel.world_size = whole
+        parallel_state._PP = group
+
+    cpu_worker.init_worker_distributed_environment = initialise
+    gpu_worker.init_worker_distributed_environment = initialise
+    try:
+        yield
+    finally:
+        cpu_worker.init_worker_distributed_environment = original
+        gpu_worker.init_worker_distributed_environment = original
+
+
+def place_stage(config: VllmConfig, layers: LayerRange, index: int) -> None:
+    """Tell the configuration which layers are here.
+
+    vLLM computes them from rank and tensor parallel size, which is wrong when stages differ in it.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    parallel.rank = index * parallel.tensor_parallel_size
+    object.__setattr__(model, "get_layers_start_end_indices", lambda _: (layers.start, layers.end))
+
+
+def allocate_input(worker: Any) -> None:
+    """Give a later stage its input buffers, which vLLM makes in a warm-up that eager CPU skips."""
+    runner = worker.model_runner
+    if parallel_state.get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+        return
+    runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=worker.model_config.dtype, device=runner.device
+    )
+
+
+def known_requests(worker: Any) -> set[str]:
+    """Ids of the requests the runner keeps state of."""
+    return set(worker.model_runner.requests)
+
+
+def forget_requests(worker: Any) -> None:
+    """Clear the runner's state of all requests, by telling it that they have finished."""
+    output = SchedulerOutput.make_empty()
+    output.finished_req_ids = known_requests(worker)
+    worker.model_runner.execute_model_state = None
+    with torch.inference_mode():
+        worker.model_runner.execute_model(output)
+
+
+@contextmanager
+def unsampled_generators(worker: Any, output: SchedulerOutput) -> Iterator[None]:
+    """Keep seeded generators out of a step for requests whose prompt is not finished.
+
+    vLLM samples for them too and then turns the generator back by an offset, which generators on
+    the CPU do not have. Breaks if `InputBatch.generators` stops being the dictionary that sampling
+    reads.
+    """
+    runner = worker.model_runner
+    generators = runner.input_batch.generators
+    saved = {}
+    if generators and runner.device.type == "cpu":
+        for request_id, index in runner.input_batch.req_id_to_index.items():
+            request = runner.requests[request_id]
+            done = request.num_computed_tokens + output.num_scheduled_tokens.get(request_id, 0)
+            if index in generators and done < request.num_tokens:
+                saved[index] = generators.pop(index)
+    try:
+        yield
+    finally:
+        generators.update(saved)

@@ -1,0 +1,48 @@
+"""What a process of ours is given by its parent, and how it dies with it."""
+
+import ctypes
+import os
+import signal
+
+SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
+FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
+
+_PR_SET_PDEATHSIG = 1
+
+_DEFAULTS = {
+    # Runner V2 opens torch groups of its own over the pipeline.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # vLLM would bind every stage of a machine to the same cores.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Processes of ours talk to nobody but their agent.
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def prepare_environment(device: str) -> None:
+    """Set what vLLM reads while it is imported, unless the user has set it.
+
+    Args:
+        device: "auto", "cpu" or "cuda"; a machine with a GPU computes on its CPU only if told to.
+    """
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def export(name: str, value: str) -> None:
+    """Set a variable for this process and those it starts."""
+    os.environ[name] = value
+
+
+def set_partition(partition: list[int]) -> None:
+    """Layers of every stage, for vLLM's `get_pp_indices`."""
+    os.environ["VLLM_PP_LAYER_PARTITION"] = ",".join(map(str, partition))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when the thread that started it ends (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)

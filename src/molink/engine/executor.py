@@ -1,0 +1,224 @@
+"""PipelineExecutor: vLLM's engine over stages on other machines.
+
+A step is two calls of the engine, `execute_model` and `sample_tokens`. The first encodes the
+scheduler's output once and sends it to all stages at once; neither waits. Steps whose grammar is
+known to be empty are sampled by the last stage without a second message.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+from molink.core.errors import StageError
+from molink.core.ids import NodeId
+from molink.engine import compat
+from molink.engine.config import resolve
+from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
+from molink.engine.lost import LostStep
+from molink.engine.session import EngineSession
+from molink.engine.types import build_codec
+from molink.wire.frames import Priority
+from molink.wire.to_engine import PipelineRepaired
+from molink.wire.to_stage import WORKER_CALLS, LoadStage
+
+REPORT_INTERVAL_S = 1.0
+
+STARTUP_CALLS = frozenset(
+    {
+        "set_kv_cache_layout",
+        "determine_available_memory",
+        "update_max_model_len",
+        "initialize_from_config",
+        "compile_or_warm_up_model",
+    }
+)
+"""Calls that a replaced stage gets again, in the order in which they were made."""
+
+
+class PipelineExecutor(Executor):
+    """Runs steps on the pipeline of the local agent. Owns the steps in flight."""
+
+    supports_pp = True
+
+    def _init_executor(self) -> None:
+        die_with_parent()
+        self._codec = build_codec()
+        self._down: str | None = None
+        self._startup: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._step: tuple[int, Future[Any], bool] | None = None
+        self._session = EngineSession(
+            Path(os.environ[SOCKET_VARIABLE]),
+            self._codec,
+            lost=self._lose,
+            repaired=self._repair,
+            agent_lost=lambda: os._exit(1),
+        )
+        self._load(range(len(self._session.pipeline.stages)))
+        threading.Thread(target=self._report, name="engine-state", daemon=True).start()
+
+    def _report(self) -> None:
+        while True:
+            time.sleep(REPORT_INTERVAL_S)
+            self._session.report(self._down)
+
+    def _load(self, indices: Sequence[int]) -> None:
+        """Load the layers of these stages, all at once."""
+        stages = self._session.pipeline.stages
+        resolved = resolve(self.vllm_config)
+        futures: list[Future[Any]] = []
+        for index in indices:
+            load = LoadStage(
+                stage_index=index,
+                nodes=self._nodes(),
+                partition=[stage.end - stage.start for stage in stages],
+                engine_flags=compat.engine_flags(),
+                resolved=resolved,
+            )
+            futures += self._session.call(NodeId(stages[index].node), "load", (load,), None)
+        for future in futures:
+            future.result()
+
+    def _nodes(self) -> list[int]:
+        return [stage.node for stage in self._session.pipeline.stages]
+
+    # Steps
+
+    def execute_model(  # type: ignore[override]
+        self, scheduler_output: SchedulerOutput, non_block: bool = False
+    ) -> Any:
+        if self._down is not None:
+            return _answer(_done(LostStep.because(self._down)), non_block)
+        compat.strip_for_wire(scheduler_output)
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            if compat.says_something(scheduler_output):
+                self._start(scheduler_output, False, None)
+            return _answer(_done(EMPTY_MODEL_RUNNER_OUTPUT), non_block)
+        future: Future[Any] = Future()
+        sample_now = not scheduler_output.has_structured_output_requests
+        sequence = self._start(scheduler_output, sample_now, future)
+        if compat.is_pooling(self.vllm_config):
+            return _answer(future, non_block)
+        self._step = (sequence, future, sample_now)
+        return _answer(_done(None), non_block)
+
+    def sample_tokens(  # type: ignore[override]
+        self, grammar_output: GrammarOutput | None, non_block: bool = False
+    ) -> Any:
+        if self._step is None:
+            return _answer(_done(LostStep.because(self._down or "no step")), non_block)
+        sequence, future, sample_now = self._step
+        self._step = None
+        if not sample_now:
+            self._session.sample(sequence, self._codec.encode(grammar_output))
+        return _answer(future, non_block)
+
+    def _start(self, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None) -> int:
+        is_decode = output.total_num_scheduled_tokens == len(output.num_scheduled_tokens)
+        priority = Priority.DECODE if is_decode else Priority.PREFILL
+        result = None if future is None else _LostOnFailure(future)
+        return self._session.start_step(self._codec.encode((sample_now, output)), priority, result)
+
+    # Calls
+
+    def collective_rpc(  # type: ignore[override]
+        self,
+        method: str | Callable[..., Any],
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        non_block: bool = False,
+    ) -> Any:
+        """One answer per worker.
+
+        Raises:
+            StageError: `method` is not on the closed list, or a stage failed.
+        """
+        if not isinstance(method, str) or method not in WORKER_CALLS:
+            raise StageError(f"«{method}» cannot be called on the stages of a pipeline")
+        if method in STARTUP_CALLS:
+            self._startup.append((method, args, kwargs or {}))
+        futures = self._call(method, args, kwargs, range(len(self._session.pipeline.stages)))
+        if non_block:
+            return _done([future.result(timeout) for future in futures])
+        return [future.result(timeout) for future in futures]
+
+    def _call(
+        self, method: str, args: tuple[Any, ...], kwargs: Any, indices: Sequence[int]
+    ) -> list[Future[Any]]:
+        """Send each worker its part: KV configurations come as one list for all workers."""
+        futures: list[Future[Any]] = []
+        first = 0
+        for index, stage in enumerate(self._session.pipeline.stages):
+            size = stage.tensor_parallel_size
+            part = args
+            if method == "initialize_from_config":
+                part = (list(args[0][first : first + size]),)
+            first += size
+            if index in indices:
+                futures += self._session.call(NodeId(stage.node), method, part, kwargs)
+        return futures
+
+    def get_supported_kv_cache_layouts(self) -> list[list[str]]:
+        """The layouts all workers support, in the first one's order, once per worker."""
+        lists: list[list[str]] = self.collective_rpc("get_supported_kv_cache_layouts")
+        common = [name for name in lists[0] if all(name in other for other in lists)]
+        return [common] * len(lists)
+
+    def check_health(self) -> None:
+        """The engine stays up while its pipeline is down; requests are refused meanwhile."""
+
+    def shutdown(self) -> None:
+        self._session.close()
+
+    # Loss and repair
+
+    def _lose(self, reason: str) -> None:
+        self._down = reason
+
+    def _repair(self, repaired: PipelineRepaired) -> None:
+        """Bring replaced stages to where the others are, clear every stage, take steps again."""
+        try:
+            self._load(repaired.replaced)
+            for method, args, kwargs in self._startup:
+                for future in self._call(method, args, kwargs, repaired.replaced):
+                    future.result()
+            stages = range(len(self._session.pipeline.stages))
+            for future in self._call("reset", (self._nodes(),), None, stages):
+                future.result()
+        except StageError as error:
+            self._down = str(error)
+        else:
+            self._down = None
+        self._session.report(self._down)
+
+
+def _done(value: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
+
+
+def _answer(future: Future[Any], non_block: bool) -> Any:
+    return future if non_block else future.result()
+
+
+class _LostOnFailure(Future[Any]):
+    """Passes a step's output on; a failure becomes a LostStep, which the scheduler settles."""
+
+    def __init__(self, target: Future[ModelRunnerOutput]) -> None:
+        super().__init__()
+        self._target = target
+
+    def set_result(self, result: Any) -> None:
+        self._target.set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self._target.set_result(LostStep.because(str(exception)))

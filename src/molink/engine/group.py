@@ -1,0 +1,85 @@
+"""The pipeline group of a stage: what vLLM's worker thinks is torch.distributed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from molink.engine.activations import Sender
+
+
+class StageGroup:
+    """Stands where vLLM keeps the GroupCoordinator of pipeline parallelism.
+
+    The stage loop puts a step's input in before it calls the worker, so nothing here ever blocks on
+    a network. `send` hands the step's output to the agent and returns handles of what must happen
+    before the output's memory may be written again.
+    """
+
+    def __init__(self, index: int, size: int, send: Sender) -> None:
+        self.rank_in_group = index
+        self.rank = index
+        self.world_size = size
+        self.ranks = list(range(size))
+        self._sequence = 0
+        self._input: dict[str, torch.Tensor] | None = None
+        self._send = send
+
+    def begin(self, sequence: int, step_input: dict[str, torch.Tensor] | None) -> None:
+        """Set the step that is about to run, and what came from the stage before."""
+        self._sequence, self._input = sequence, step_input
+
+    @property
+    def first_rank(self) -> int:
+        return 0
+
+    @property
+    def last_rank(self) -> int:
+        return self.world_size - 1
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank_in_group == 0
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank_in_group == self.world_size - 1
+
+    @property
+    def next_rank(self) -> int:
+        return (self.rank_in_group + 1) % self.world_size
+
+    @property
+    def prev_rank(self) -> int:
+        return (self.rank_in_group - 1) % self.world_size
+
+    def irecv_tensor_dict(
+        self, *_: Any, **__: Any
+    ) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
+        """The input of the step that is about to run: tensors of [num_tokens, hidden_size]."""
+        step_input, self._input = self._input, None
+        if step_input is None:
+            raise RuntimeError("a step runs whose input has not arrived")
+        return step_input, [], []
+
+    def isend_tensor_dict(
+        self, tensor_dict: dict[str, torch.Tensor], *_: Any, **__: Any
+    ) -> list[Any]:
+        """Send a step's output. vLLM skips the first handle and waits for the others."""
+        return [None, *self._send(self._sequence, tensor_dict)]
+
+    @contextmanager
+    def graph_capture(self, graph_capture_context: Any = None) -> Iterator[Any]:
+        """A pipeline group has no collective to capture."""
+        yield graph_capture_context
+
+    def broadcast_object(self, obj: Any = None, src: int = 0) -> Any:
+        """Used for the state of KV transfer, which every stage owns for itself."""
+        return obj
+
+    def barrier(self) -> None:
+        """Stages are ordered by their input."""
+
+    def destroy(self) -> None:
+        """Owns no group of torch."""

@@ -1,0 +1,17 @@
+"""The output of a step that will never have one."""
+
+from typing import Self
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+class LostStep(ModelRunnerOutput):
+    """Stands in for the output of a step whose pipeline went down; `reason` says why."""
+
+    reason: str = ""
+
+    @classmethod
+    def because(cls, reason: str) -> Self:
+        lost = cls(req_ids=[], req_id_to_index={})
+        lost.reason = reason
+        return lost

@@ -1,0 +1,76 @@
+"""vLLM's own OpenAI server over a pipeline."""
+
+import socket
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import vllm.envs as envs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from molink.engine.environment import set_partition
+from molink.engine.executor import PipelineExecutor
+
+SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
+
+
+def parse_flags(model: str, host: str, port: int, flags: list[str]) -> Namespace:
+    """vLLM's arguments; exits with status 2 and vLLM's message for a wrong flag."""
+    parser = make_arg_parser(FlexibleArgumentParser(prog="molink serve", allow_abbrev=False))
+    arguments = parser.parse_args([f"--model={model}", f"--host={host}", f"--port={port}", *flags])
+    if arguments.served_model_name is None:
+        arguments.served_model_name = [model]
+    validate_parsed_serve_args(arguments)
+    return arguments
+
+
+async def serve(
+    arguments: Namespace, partition: list[int], customise: Callable[[Any], None]
+) -> None:
+    """Run the server until it is told to end.
+
+    Args:
+        partition: layers of every stage, in order.
+        customise: gets the FastAPI application before it starts.
+    """
+    set_partition(partition)
+    arguments.pipeline_parallel_size = len(partition)
+    arguments.distributed_executor_backend = PipelineExecutor
+    arguments.scheduler_cls = SCHEDULER
+    arguments.async_scheduling = False
+    _, listening = setup_server(arguments, reuse_port=False)
+    async with build_async_engine_client(arguments) as client:
+        tasks = await client.get_supported_tasks()
+        app = build_app(arguments, tasks, client.model_config)
+        customise(app)
+        await init_app_state(client, app.state, arguments, tasks)
+        shutdown = await _serve_http(app, listening, arguments)
+    try:
+        await shutdown
+    finally:
+        listening.close()
+
+
+async def _serve_http(app: Any, listening: socket.socket, arguments: Namespace) -> Any:
+    return await serve_http(
+        app,
+        sock=listening,
+        enable_ssl_refresh=arguments.enable_ssl_refresh,
+        host=arguments.host,
+        port=arguments.port,
+        log_level=arguments.uvicorn_log_level,
+        access_log=not arguments.disable_uvicorn_access_log,
+        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        ssl_keyfile=arguments.ssl_keyfile,
+        ssl_certfile=arguments.ssl_certfile,
+        ssl_ca_certs=arguments.ssl_ca_certs,
+        ssl_cert_reqs=arguments.ssl_cert_reqs,
+        ssl_ciphers=arguments.ssl_ciphers,
+        h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
+        h11_max_header_count=arguments.h11_max_header_count,
+    )

@@ -1,0 +1,93 @@
+"""One rank of one stage: vLLM's own worker, with a pipeline group of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+from molink.core.plan import LayerRange
+from molink.engine import compat
+from molink.engine.activations import Emit, sender_for
+from molink.engine.config import stage_config
+from molink.engine.environment import set_partition
+from molink.engine.group import StageGroup
+from molink.wire.to_stage import LoadStage
+
+
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """What this node knows of its own stage."""
+
+    model: str  # folder or hub id on this node
+    rank: int
+    tensor_parallel_size: int
+    node_flags: list[str]  # the node's own vLLM engine flags
+    run_folder: Path  # for the rendezvous of the stage's ranks
+
+
+class StageWorker:
+    """Loads only the layers of one stage and runs steps on them."""
+
+    def __init__(self, load: LoadStage, options: StageOptions, emit: Emit) -> None:
+        set_partition(load.partition)
+        config = stage_config(
+            load,
+            model=options.model,
+            node_flags=options.node_flags,
+            tensor_parallel_size=options.tensor_parallel_size,
+        )
+        index = load.stage_index
+        self.nodes = load.nodes
+        self.index = index
+        self.layers = LayerRange(sum(load.partition[:index]), sum(load.partition[: index + 1]))
+        self.group = StageGroup(
+            index, len(load.partition), sender_for(current_platform.device_type, emit)
+        )
+        self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=0)
+        self._worker.init_worker([self._arguments(config, options)])
+        compat.place_stage(config, self.layers, index)
+        with compat.stage_alone(config, self.group):
+            self._worker.init_device()
+        self._worker.load_model()
+        current_platform.update_block_size_for_backend(config)
+        compat.allocate_input(self._worker.worker)
+
+    def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
+        rendezvous = options.run_folder / f"torch-{len(self.nodes)}-{self.index}"
+        return {
+            "vllm_config": config,
+            "local_rank": options.rank,
+            "rank": options.rank,
+            "distributed_init_method": f"file://{rendezvous}",
+            "is_driver_worker": options.rank == 0,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._worker.worker.device
+        return device
+
+    @property
+    def next_node(self) -> int:
+        return self.nodes[self.index + 1]
+
+    def execute_model(self, output: SchedulerOutput) -> Any:
+        """Run the layers; None means that `sample` comes next."""
+        return self._worker.execute_model(output)
+
+    def sample(self, output: SchedulerOutput, grammar: GrammarOutput | None) -> Any:
+        """Finish the step; on the last stage, its output."""
+        with compat.unsampled_generators(self._worker.worker, output):
+            return self._worker.sample_tokens(grammar)
+
+    def forget_requests(self) -> None:
+        """Clear the state of all requests."""
+        compat.forget_requests(self._worker.worker)
+
+    def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of vLLM's worker."""
+        return getattr(self._worker, method)(*args, **kwargs)

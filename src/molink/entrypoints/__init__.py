@@ -1,0 +1,1 @@
+"""The processes an agent starts: where concrete classes meet."""

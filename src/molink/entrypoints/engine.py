@@ -1,0 +1,51 @@
+"""Process of the engine: vLLM's OpenAI server over the pipeline; started by the head's agent."""
+
+import argparse
+import json
+from pathlib import Path
+
+from molink.engine.environment import (
+    FLAGS_VARIABLE,
+    SOCKET_VARIABLE,
+    die_with_parent,
+    export,
+    prepare_environment,
+)
+
+
+def main() -> None:
+    die_with_parent()
+    options = _parser().parse_args()
+    prepare_environment("auto")
+    export("VLLM_RPC_BASE_PATH", str(options.run_folder))
+    # vLLM reads the environment while it is imported.
+    import uvloop
+
+    from molink.engine.config import engine_flags_of
+    from molink.engine.server import parse_flags, serve
+    from molink.gateway.agent_client import AgentClient
+    from molink.gateway.app import customise
+
+    flags = json.loads(options.flags)
+    arguments = parse_flags(options.model, options.host, options.port, flags)
+    export(SOCKET_VARIABLE, str(options.socket))
+    export(FLAGS_VARIABLE, json.dumps(engine_flags_of(flags)))
+    client = AgentClient(options.socket)
+    pipeline = client.wait_for_pipeline()
+    partition = [stage.end - stage.start for stage in pipeline.stages]
+    uvloop.run(serve(arguments, partition, lambda app: customise(app, client)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="molink-engine", description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--run-folder", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--flags", required=True, help="JSON list of the user's vLLM flags")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

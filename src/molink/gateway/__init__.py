@@ -1,0 +1,1 @@
+"""The HTTP edge: what a user of the cluster can reach."""

@@ -1,0 +1,66 @@
+"""The HTTP server's connection to the head's agent: the pipeline, and what the cluster looks like."""
+
+import os
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+
+from molink.cluster.view import ClusterView, decode_view
+from molink.core.errors import LinkError
+from molink.core.ids import HEAD, Address, Port
+from molink.transport.local import LocalSocket
+from molink.wire import to_agent, to_engine
+from molink.wire.frames import Kind
+from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired
+
+AGENT = Address(HEAD, Port.AGENT)
+
+
+class AgentClient:
+    """Keeps the latest view the agent sent. Ends the process when the agent is gone."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._socket = LocalSocket(socket_path, Address(HEAD, Port.GATEWAY))
+        self._assigned: Future[PipelineAssigned] = Future()
+        self._epoch = 0
+        self.view_json = b"{}"
+        self.view: ClusterView | None = None
+        self.losses = 0  # how often the pipeline went down
+        self.down: str | None = None
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
+        threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
+
+    def wait_for_pipeline(self) -> PipelineAssigned:
+        """Blocks until the nodes are there."""
+        return self._assigned.result()
+
+    def report_serving(self) -> None:
+        """Tell the agent that the HTTP server answers."""
+        state = to_agent.EngineState(self._epoch, None)
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                message = self._socket.receive()
+                if message.kind == Kind.CONTROL:
+                    self._handle(to_engine.decode(message.payload))
+        except LinkError:
+            os._exit(1)
+
+    def _handle(self, message: to_engine.ToEngine) -> None:
+        match message:
+            case PipelineAssigned(epoch=epoch):
+                self._epoch = epoch
+                if not self._assigned.done():
+                    self._assigned.set_result(message)
+            case PipelineDown(reason=reason):
+                self.losses += 1
+                self.down = reason
+            case PipelineRepaired(pipeline=pipeline):
+                self._epoch = pipeline.epoch
+            case to_engine.ClusterView(view=view):
+                self.view_json = view
+                self.view = decode_view(view)
+                if self.view.serving:
+                    self.down = None

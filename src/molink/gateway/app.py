@@ -1,0 +1,85 @@
+"""What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, and answers while it is down."""
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from prometheus_client import REGISTRY
+
+from molink.gateway.agent_client import AgentClient
+from molink.gateway.metrics import ClusterCollector
+
+RETRY_AFTER_S = 5
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+ALWAYS_ANSWERED = ("/metrics", "/version", "/ping")
+
+
+def customise(app: Any, client: AgentClient) -> None:
+    """Put the pipeline's middleware around vLLM's FastAPI application."""
+    REGISTRY.register(ClusterCollector(lambda: client.view))
+    # vLLM has built its stack already, so ours goes around it instead of into it.
+    app.middleware_stack = PipelineMiddleware(
+        app.middleware_stack or app.build_middleware_stack(), client
+    )
+
+
+class PipelineMiddleware:
+    """ASGI: serves `/cluster`; 503 while the pipeline is down, and for what its loss broke."""
+
+    def __init__(self, app: Application, client: AgentClient) -> None:
+        self._app = app
+        self._client = client
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, self._reporting(send))
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        elif scope["path"] == "/cluster":
+            await _respond(send, 200, self._client.view_json)
+        elif self._client.down is not None and scope["path"] not in ALWAYS_ANSWERED:
+            await self._refuse(send)
+        else:
+            await self._pass(scope, receive, send)
+
+    def _reporting(self, send: Send) -> Send:
+        async def forward(message: MutableMapping[str, Any]) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                self._client.report_serving()
+
+        return forward
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let vLLM answer; its 500 for a request that lost its pipeline becomes a 503."""
+        losses = self._client.losses
+        replaced = False
+
+        async def forward(message: MutableMapping[str, Any]) -> None:
+            nonlocal replaced
+            lost = self._client.losses > losses
+            if message["type"] == "http.response.start" and message["status"] == 500 and lost:
+                replaced = True
+                await self._refuse(send)
+            elif not replaced:
+                await send(message)
+
+        await self._app(scope, receive, forward)
+
+    async def _refuse(self, send: Send) -> None:
+        reason = self._client.down or "a stage was lost; the request can be sent again"
+        message = f"the pipeline is down: {reason}"
+        error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
+        await _respond(send, 503, json.dumps({"error": error}).encode(), retry=True)
+
+
+async def _respond(send: Send, status: int, body: bytes, retry: bool = False) -> None:
+    headers = [(b"content-type", b"application/json")]
+    if retry:
+        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

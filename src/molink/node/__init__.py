@@ -1,0 +1,1 @@
+"""One machine: its agent, its supervisor and the host process of a stage."""

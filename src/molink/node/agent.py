@@ -1,0 +1,147 @@
+"""What every agent does: local sockets, the switch, links, and the processes of its node."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+
+import msgspec
+
+from molink.core.errors import LinkError, MolinkError, WireError
+from molink.core.ids import Address, NodeId, Port
+from molink.node.home import RunFolder
+from molink.node.switch import Switch
+from molink.transport.identity import NodeIdentity
+from molink.transport.link import Link
+from molink.transport.local_server import LocalPeer
+from molink.transport.server import Dialled, dial
+from molink.wire import to_agent
+from molink.wire.frames import FrameHeader, Kind, Priority, cut
+from molink.wire.to_agent import StageCounters
+from molink.wire.to_head import LinkCounters
+
+logger = logging.getLogger("molink.agent")
+PEER_DIAL_TIMEOUT_S = 3.0
+PROBE_INTERVAL_S = 1.0
+
+
+class Agent:
+    """The machine's switch. Subclasses say what control messages mean on the head and elsewhere.
+
+    Owns the links, the local server and the counters of the node's stage.
+    """
+
+    def __init__(self, node: NodeId, run_folder: RunFolder) -> None:
+        self.node = node
+        self.run_folder = run_folder
+        self.switch = Switch(node, self._control)
+        self.stage_counters: dict[int, StageCounters] = {}
+        self._local_server: asyncio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def listen_locally(self) -> None:
+        """Open the socket for the node's own processes."""
+        loop = asyncio.get_running_loop()
+        self._local_server = await loop.create_unix_server(
+            lambda: LocalPeer(self._from_local, self._local_lost), str(self.run_folder.socket)
+        )
+
+    def close_local(self) -> None:
+        if self._local_server is not None:
+            self._local_server.close()
+        for peers in self.switch.local.values():
+            for peer in list(peers.values()):
+                peer.close()
+
+    def send_control(self, node: NodeId, port: Port, payload: bytes) -> None:
+        """Send a control message to a process of any node of the cluster."""
+        source = Address(self.node, Port.AGENT)
+        view = memoryview(payload)
+        for header, pieces in cut(
+            Kind.CONTROL, Priority.CONTROL, source, Address(node, port), [view]
+        ):
+            self.switch.forward(FrameHeader.unpack(header), b"".join([header, *pieces]))
+
+    async def run_link(self, link: Link) -> None:
+        """Run a link until it ends. Raises LinkError or WireError if it broke."""
+        self.switch.links[link.peer] = link
+        prober = asyncio.create_task(self._probe(link))
+        try:
+            await link.run(self.switch.from_link)
+        finally:
+            prober.cancel()
+            if self.switch.links.get(link.peer) is link:
+                del self.switch.links[link.peer]
+
+    async def _probe(self, link: Link) -> None:
+        while True:
+            self.send_control(
+                link.peer, Port.AGENT, to_agent.encode(to_agent.Ping(time.monotonic()))
+            )
+            await asyncio.sleep(PROBE_INTERVAL_S)
+
+    async def dial_peer(self, node: NodeId, address: str, identity: NodeIdentity) -> bool:
+        """Try to link directly to another node; False if it cannot be dialled."""
+        try:
+            dialled = await dial(address, identity, node, PEER_DIAL_TIMEOUT_S)
+        except LinkError as error:
+            logger.info("no direct link to node %d: %s", node, error)
+            return False
+        self._tasks.append(asyncio.create_task(self._run_direct(dialled)))
+        return True
+
+    async def _run_direct(self, dialled: Dialled) -> None:
+        reason = "it was closed"
+        try:
+            await self.run_link(dialled.link)
+        except MolinkError as error:
+            reason = str(error)
+        await dialled.channel.close()
+        self.link_lost(dialled.link.peer, reason)
+
+    def link_lost(self, node: NodeId, reason: str) -> None:
+        """A direct link to another node ended."""
+
+    def link_counters(self) -> list[LinkCounters]:
+        return [
+            LinkCounters(peer, link.bytes_sent, link.bytes_received, len(link.queue), link.rtt_s)
+            for peer, link in self.switch.links.items()
+        ]
+
+    # What arrives
+
+    def _from_local(
+        self, peer: LocalPeer, header: FrameHeader, frame: bytes
+    ) -> Awaitable[None] | None:
+        if header.source.node != self.node:
+            raise WireError(f"a process of node {self.node} speaks for node {header.source.node}")
+        return self.switch.from_local(peer, header, frame)
+
+    def _local_lost(self, peer: LocalPeer) -> None:
+        self.switch.forget(peer)
+
+    def _control(self, header: FrameHeader, payload: bytes) -> None:
+        try:
+            if header.source.node == self.node:
+                self.on_local(header, to_agent.decode(payload))
+            else:
+                self.on_remote(header.source.node, payload)
+        except msgspec.DecodeError as error:
+            logger.warning("unreadable message from %s: %s", header.source, error)
+
+    def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
+        """Handle a message of one of the node's own processes."""
+        if isinstance(message, StageCounters):
+            self.stage_counters[header.rank] = message
+
+    def on_remote(self, node: NodeId, payload: bytes) -> None:
+        """Handle a message of another node's agent."""
+        raise NotImplementedError
+
+    def on_ping(self, node: NodeId, message: to_agent.Ping | to_agent.Pong) -> None:
+        """Answer a probe, or take its measurement."""
+        if isinstance(message, to_agent.Ping):
+            answer = to_agent.encode(to_agent.Pong(message.sent_at))
+            self.send_control(node, Port.AGENT, answer)
+        elif (link := self.switch.links.get(node)) is not None:
+            link.rtt_s = time.monotonic() - message.sent_at

@@ -1,0 +1,74 @@
+"""Keeps the engine's process: vLLM's OpenAI server, whose executor is ours."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from molink.node.home import RunFolder
+from molink.node.processes import Child
+
+ENGINE_MODULE = "molink.entrypoints.engine"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What the head's user said about the engine and its HTTP server."""
+
+    model: str
+    host: str
+    port: int
+    vllm_flags: tuple[str, ...]  # as typed, engine's and server's
+    environment: dict[str, str]
+
+
+class EngineHost:
+    """Owns the engine's process.
+
+    Args:
+        gone: called with the reason when it ended by itself.
+    """
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        run_folder: RunFolder,
+        logs: Path,
+        gone: Callable[[str], None],
+    ) -> None:
+        self._settings = settings
+        self._run_folder = run_folder
+        self._log = logs / "engine.log"
+        self._gone = gone
+        self._child: Child | None = None
+
+    async def start(self) -> None:
+        await self.stop()
+        settings = self._settings
+        self._child = Child(
+            ENGINE_MODULE,
+            [
+                f"--socket={self._run_folder.socket}",
+                f"--run-folder={self._run_folder.path}",
+                f"--model={settings.model}",
+                f"--host={settings.host}",
+                f"--port={settings.port}",
+                f"--flags={json.dumps(settings.vllm_flags)}",
+            ],
+            log=self._log,
+            environment=settings.environment,
+            exited=self._exited,
+        )
+        await self._child.start()
+
+    async def stop(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            await child.stop()
+
+    def _exited(self, child: Child, status: int) -> None:
+        if child is self._child:
+            self._gone(
+                f"the engine ended with status {status}; the last lines of {child.log}:\n"
+                f"{child.tail()}"
+            )

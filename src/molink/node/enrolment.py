@@ -1,0 +1,47 @@
+"""How a machine with a join token becomes a node: both sides of the one call a token allows."""
+
+import msgspec
+
+from molink.cluster.coordinator import Coordinator
+from molink.core.errors import IdentityError
+from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
+from molink.transport.server import enroll
+from molink.transport.token import JoinToken, enrolled_under
+from molink.wire.to_head import EnrollReply, EnrollRequest
+
+ENROLL_TIMEOUT_S = 10.0
+
+
+def enrol(
+    coordinator: Coordinator, authority: ClusterAuthority, leaf: bytes, request: bytes
+) -> EnrollReply:
+    """The head's side.
+
+    Raises:
+        MolinkError: the token is not live any more, or the request is not one.
+        msgspec.DecodeError: the request cannot be read.
+    """
+    enrolled_under(leaf, coordinator.live_roots)
+    asked = msgspec.msgpack.decode(request, type=EnrollRequest)
+    node = coordinator.enrol(asked.name)
+    certificate = authority.sign_node(
+        asked.signing_request, node=node, name=coordinator.state.node(node).name
+    )
+    return EnrollReply(node, certificate, authority.certificate_pem)
+
+
+async def request_identity(address: str, token: JoinToken, name: str) -> NodeIdentity:
+    """The joining node's side: make a key, have it signed.
+
+    Raises:
+        LinkError: the head cannot be reached or refuses the token; says why.
+        IdentityError: the answer is not from the cluster that the token names.
+    """
+    key = NodeKey()
+    request = msgspec.msgpack.encode(EnrollRequest(name, key.request_pem()))
+    answer = await enroll(address, token, request, ENROLL_TIMEOUT_S)
+    try:
+        reply = msgspec.msgpack.decode(answer, type=EnrollReply)
+    except msgspec.DecodeError as error:
+        raise IdentityError(f"the head's answer cannot be read: {error}") from error
+    return key.accept(reply.certificate, reply.authority, authority_key=token.authority_key)

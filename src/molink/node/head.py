@@ -1,0 +1,432 @@
+"""The head's agent: admits nodes, plans, starts the engine, and tells everybody.
+
+Its decisions are the coordinator's; this carries them out. One task, `_settle`, brings the cluster
+from what it is to what the coordinator wants, each time something has changed.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+
+from molink.cluster.admission import HeldModel, Hello, check_model
+from molink.cluster.assignment import Waiting
+from molink.cluster.coordinator import Coordinator
+from molink.cluster.state import Role
+from molink.cluster.view import ClusterView, make_view
+from molink.core.cluster import Resources, Versions
+from molink.core.errors import MolinkError, UsageError, WireError
+from molink.core.ids import HEAD, NodeId, Port
+from molink.core.plan import Pipeline, Stage
+from molink.node.agent import Agent
+from molink.node.engine_host import EngineHost
+from molink.node.enrolment import enrol
+from molink.node.home import RunFolder
+from molink.node.stage_host import StageHost, StageSettings
+from molink.transport.credentials import server_credentials
+from molink.transport.identity import ClusterAuthority, NodeIdentity
+from molink.transport.server import Accepted, LinkServer
+from molink.wire import to_agent, to_engine, to_head
+from molink.wire.frames import FrameHeader
+from molink.wire.to_agent import (
+    Attach,
+    Dial,
+    EngineState,
+    Notice,
+    Ping,
+    Pong,
+    RestartStage,
+    Shutdown,
+    StageAssigned,
+    StageUp,
+    Welcome,
+)
+from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
+
+logger = logging.getLogger("molink.agent")
+VIEW_INTERVAL_S = 1.0
+DIAL_ANSWER_S = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSettings:
+    """What the head's user said."""
+
+    name: str
+    listen: str
+    advertise: str | None
+    layers: str | None  # A:B, "none" or not pinned
+    versions: Versions
+    stage: StageSettings
+    http: str  # URL of the OpenAI API
+
+
+class HeadAgent(Agent):
+    """Owns the coordinator and the engine's process."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        authority: ClusterAuthority,
+        identity: NodeIdentity,
+        settings: HeadSettings,
+        run_folder: RunFolder,
+        stage_host: Callable[[Callable[[str], None]], StageHost],
+        engine_host: Callable[[Callable[[str], None]], EngineHost],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(HEAD, run_folder)
+        self._coordinator = coordinator
+        self._authority = authority
+        self._identity = identity
+        self._settings = settings
+        self._say = say
+        self._stage = stage_host(self._own_stage_gone)
+        self._engine = engine_host(self._engine_gone)
+        self._server = LinkServer(lambda: authority.certificate_pem, self._accept, self._enrol)
+        self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._changed = asyncio.Event()
+        self._pipeline: Pipeline | None = None  # the one the engine was told of
+        self._unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
+        self._assigned: PipelineAssigned | None = None
+        self._is_down = False  # and the engine knows
+        self._serving = False
+        self._http_up = False
+        self._held: dict[NodeId, HeldModel] = {}
+        self._remote_hosts: dict[NodeId, str] = {}
+        self._steps_in_flight = 0
+        self._waiting_for = ""
+        self._dials: dict[tuple[NodeId, NodeId], asyncio.Future[bool]] = {}
+        self._reports: dict[NodeId, to_head.NodeReport] = {}
+
+    async def listen(self) -> int:
+        """Open the agent's port. Raises UsageError if it is taken."""
+        await self.listen_locally()
+        roots = lambda: self._coordinator.live_roots  # noqa: E731
+        credentials = server_credentials(lambda: self._identity, roots)
+        return await self._server.start(self._settings.listen, credentials)
+
+    async def run(self) -> str:
+        """Serve until `end`; returns why it ended. Raises what cannot be mended."""
+        hello = Hello(
+            self._settings.name,
+            self._settings.versions,
+            self._settings.advertise,
+            self._settings.layers,
+            self._settings.stage.tensor_parallel_size,
+        )
+        self._coordinator.admit(HEAD, hello)
+        assert self._coordinator.state.model is not None
+        self._held[HEAD] = HeldModel.of(self._coordinator.state.model)
+        await self._engine.start()
+        if self._settings.layers == "none":
+            nothing = Resources("none", 0, 0, 0.0, 0.0)
+            self._coordinator.measured(HEAD, nothing, self._held[HEAD])
+        else:
+            await self._stage.start(self._settings.stage)
+        self._tasks += [
+            asyncio.create_task(self._settle_forever()),
+            asyncio.create_task(self._publish_views()),
+        ]
+        try:
+            return await self._ending
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._stop()
+
+    async def _stop(self) -> None:
+        for node in list(self.switch.links):
+            self.tell(node, Shutdown("the head has ended"))
+        await asyncio.gather(self._engine.stop(), self._stage.stop())
+        await self._server.stop()
+        self.close_local()
+
+    def end(self, reason: str) -> None:
+        if not self._ending.done():
+            self._ending.set_result(reason)
+
+    def _fail(self, error: MolinkError) -> None:
+        if not self._ending.done():
+            self._ending.set_exception(error)
+
+    def tell(self, node: NodeId, message: to_agent.ToAgent) -> None:
+        self.send_control(node, Port.AGENT, to_agent.encode(message))
+
+    def _tell_engine(self, message: to_engine.ToEngine) -> None:
+        payload = to_engine.encode(message)
+        for port in (Port.ENGINE, Port.GATEWAY):
+            self.send_control(HEAD, port, payload)
+
+    # Nodes come and go
+
+    def _enrol(self, leaf: bytes, request: bytes) -> bytes:
+        return msgspec.msgpack.encode(enrol(self._coordinator, self._authority, leaf, request))
+
+    async def _accept(self, accepted: Accepted) -> None:
+        node = accepted.identity.node
+        self._remote_hosts[node] = accepted.remote_host
+        try:
+            await self.run_link(accepted.link)
+            reason = "it closed its link"
+        except MolinkError as error:
+            reason = str(error)
+        if node not in self.switch.links:  # otherwise it is back already, over another link
+            self._node_lost(node, reason)
+
+    def _node_lost(self, node: NodeId, reason: str) -> None:
+        record = self._coordinator.state.node(node)
+        self._unloaded.discard(node)
+        self._reports.pop(node, None)
+        if record.is_connected:
+            self._coordinator.node_lost(node, reason)
+            self._say(f"{record.name} is gone: {reason}")
+            self._changed.set()
+
+    def _stage_lost(self, node: NodeId, reason: str) -> None:
+        self._unloaded.discard(node)
+        self._coordinator.stage_lost(node, reason)
+        self._changed.set()
+
+    def _own_stage_gone(self, reason: str) -> None:
+        self._say(f"the stage's process on this machine is gone ({reason}); starting another")
+        self._stage_lost(HEAD, reason)
+        self._start(self._stage.start(self._settings.stage))
+
+    def _hello(self, node: NodeId, hello: to_head.Hello) -> None:
+        versions = Versions(hello.protocol, hello.molink, hello.vllm)
+        host = self._remote_hosts.get(node)
+        address = hello.advertise or (f"{host}:{hello.listen_port}" if host else None)
+        checked = Hello(hello.name, versions, address, hello.layers, hello.tensor_parallel_size)
+        try:
+            record = self._coordinator.admit(node, checked)
+        except MolinkError as error:
+            self._refuse(node, hello.name, error)
+            return
+        model = self._coordinator.state.model
+        assert model is not None
+        cluster_id = self._coordinator.state.cluster_id
+        self.tell(node, Welcome(cluster_id, model.name, model.config_hash, model.revision))
+        self._say(f"{record.name} has joined from {host}")
+        self._changed.set()
+
+    def _refuse(self, node: NodeId, name: str, error: MolinkError) -> None:
+        self._say(f"refused {name}: {error}")
+        self.tell(node, to_agent.Refused(str(error)))
+
+    def _stage_up(self, node: NodeId, stage: StageUp) -> None:
+        resources = Resources(
+            stage.device, stage.num_devices, stage.free_bytes, stage.bytes_per_s, stage.flop_per_s
+        )
+        model = self._held.get(node)
+        name = self._coordinator.state.node(node).name
+        try:
+            if model is None:
+                raise WireError("it says it is ready before it has checked the model")
+            self._coordinator.measured(node, resources, model)
+        except MolinkError as error:
+            self._refuse(node, name, error)
+            return
+        self._unloaded.add(node)
+        self._say(f"{name} is ready: {stage.device}, {stage.free_bytes / (1 << 30):.1f} GiB free")
+        if self._coordinator.state.role(node) is Role.SPARE:
+            self.tell(node, Notice("all layers are taken; this node is kept as a spare"))
+        self._changed.set()
+
+    # Messages
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
+        super().on_local(header, message)
+        match message:
+            case Attach() if header.source.port in (Port.ENGINE, Port.GATEWAY):
+                if self._assigned is not None:
+                    self.send_control(HEAD, header.source.port, to_engine.encode(self._assigned))
+            case StageUp() if header.rank == 0:
+                self._stage_up(HEAD, message)
+            case EngineState():
+                self._engine_state(header.source.port, message)
+            case _:
+                pass
+
+    def on_remote(self, node: NodeId, payload: bytes) -> None:
+        match to_head.decode(payload):
+            case Ping() | Pong() as probe:
+                self.on_ping(node, probe)
+            case to_head.Hello() as hello:
+                self._hello(node, hello)
+            case to_head.ModelChecked(config_hash=config_hash, revision=revision):
+                self._model_checked(node, HeldModel(config_hash, revision))
+            case StageUp() as stage:
+                self._stage_up(node, stage)
+            case to_head.StageGone(reason=reason):
+                self._stage_lost(node, reason)
+            case to_head.Leaving(reason=reason):
+                self._node_lost(node, reason)
+            case to_head.Dialled(node=other, ok=ok):
+                waiting = self._dials.pop((node, NodeId(other)), None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(ok)
+            case to_head.LinkLost(node=other, reason=reason):
+                self._link_lost(node, NodeId(other), reason)
+            case to_head.NodeReport() as report:
+                self._reports[node] = report
+
+    def _model_checked(self, node: NodeId, model: HeldModel) -> None:
+        record = self._coordinator.state.node(node)
+        assert self._coordinator.state.model is not None
+        try:
+            check_model(record.name, model, self._coordinator.state.model)
+        except MolinkError as error:
+            self._refuse(node, record.name, error)
+        else:
+            self._held[node] = model
+
+    def _link_lost(self, node: NodeId, other: NodeId, reason: str) -> None:
+        """A direct link broke: what was on it is lost, so the steps in flight are too."""
+        record = self._coordinator.state.node(node)
+        if self._pipeline is None or record.resources is None or not record.is_connected:
+            return
+        if {node, other} <= set(self._pipeline.nodes):
+            resources = record.resources
+            self._coordinator.stage_lost(node, f"its link to node {other} broke: {reason}")
+            self._coordinator.measured(node, resources, self._held[node])
+            self._changed.set()
+
+    # From what is to what the coordinator wants
+
+    async def _settle_forever(self) -> None:
+        while True:
+            self._changed.clear()
+            try:
+                await self._settle()
+            except MolinkError as error:
+                self._fail(error)
+                return
+            await self._changed.wait()
+
+    async def _settle(self) -> None:
+        state = self._coordinator.state
+        if self._pipeline is not None and state.is_down and not self._is_down:
+            self._is_down, self._serving = True, False
+            reason = "; ".join(node.trouble for node in state.nodes if node.trouble)
+            self._tell_engine(PipelineDown(self._pipeline.epoch, reason or "a stage is lost"))
+        plan = self._coordinator.plan()
+        if isinstance(plan, Waiting):
+            if plan.text != self._waiting_for:
+                self._say(plan.text)
+            self._waiting_for = plan.text
+        elif plan != self._pipeline:
+            await self._assign(plan)
+
+    async def _assign(self, pipeline: Pipeline) -> None:
+        """Link the stages and tell the engine."""
+        before, self._pipeline = self._pipeline, pipeline
+        await self._link_stages(pipeline)
+        self.switch.stage_nodes = pipeline.nodes
+        places = [self._place(stage) for stage in pipeline.stages]
+        for index, place in enumerate(places):
+            text = f"{place.name}: layers {place.start}:{place.end}"
+            self._say(f"stage {index + 1} of {len(places)} is {text}")
+            if place.node != HEAD:
+                self.tell(
+                    NodeId(place.node),
+                    StageAssigned(pipeline.epoch, place.start, place.end, index, len(places)),
+                )
+        self._assigned = PipelineAssigned(pipeline.epoch, places)
+        replaced = [i for i, node in enumerate(pipeline.nodes) if node in self._unloaded]
+        self._unloaded.difference_update(pipeline.nodes)
+        self._is_down = False
+        if before is None:
+            self._tell_engine(self._assigned)
+        else:
+            self._tell_engine(PipelineRepaired(self._assigned, replaced))
+
+    def _place(self, stage: Stage) -> StagePlace:
+        name = self._coordinator.state.node(stage.node).name
+        layers = stage.layers
+        return StagePlace(stage.node, name, layers.start, layers.end, stage.tensor_parallel_size)
+
+    async def _link_stages(self, pipeline: Pipeline) -> None:
+        """Let neighbours dial each other; where neither can, the head relays."""
+        pairs = [pair for pair in pairwise(pipeline.nodes) if HEAD not in pair]
+        await asyncio.gather(*(self._link_pair(*pair) for pair in pairs))
+
+    async def _link_pair(self, first: NodeId, second: NodeId) -> None:
+        for dialler, other in ((first, second), (second, first)):
+            address = self._coordinator.state.node(other).address
+            if address is not None and await self._ask_to_dial(dialler, other, address):
+                return
+
+    async def _ask_to_dial(self, dialler: NodeId, other: NodeId, address: str) -> bool:
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._dials[dialler, other] = answer
+        self.tell(dialler, Dial(other, address))
+        try:
+            return await asyncio.wait_for(answer, DIAL_ANSWER_S)
+        except TimeoutError:
+            return False
+
+    # The engine
+
+    def _engine_state(self, port: Port, state: EngineState) -> None:
+        """The gateway says once that it answers; the engine says every second how it is."""
+        if port == Port.GATEWAY:
+            self._http_up = True
+            return
+        self._steps_in_flight = state.steps_in_flight
+        is_current = self._pipeline is not None and state.epoch == self._pipeline.epoch
+        serves = self._http_up and is_current and not self._is_down and state.error is None
+        if serves and not self._serving:
+            self._say(f"serving at {self._settings.http}")
+        self._serving = serves
+
+    def _engine_gone(self, reason: str) -> None:
+        """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
+        if self._http_up or not self._coordinator.state.is_down:
+            self._fail(UsageError(reason))
+            return
+        self._start(self._restart_engine())
+
+    async def _restart_engine(self) -> None:
+        pipeline, self._pipeline, self._assigned = self._pipeline, None, None
+        self._is_down = False
+        for node in pipeline.nodes if pipeline else ():
+            if node in self._unloaded or not self._coordinator.state.node(node).is_connected:
+                continue
+            self._coordinator.stage_lost(node, "its engine starts anew")
+            if node == HEAD:
+                await self._stage.stop()
+                await self._stage.start(self._settings.stage)
+            else:
+                self.tell(node, RestartStage())
+        await self._engine.start()
+        self._changed.set()
+
+    # What others see
+
+    def view(self) -> ClusterView:
+        return make_view(
+            self._coordinator.state,
+            http=self._settings.http,
+            serving=self._serving,
+            steps_in_flight=self._steps_in_flight,
+            reports=self._reports | {HEAD: self._own_report()},
+        )
+
+    def _own_report(self) -> to_head.NodeReport:
+        return to_head.NodeReport(
+            self.stage_counters.get(0, to_agent.StageCounters()), self.link_counters()
+        )
+
+    async def _publish_views(self) -> None:
+        while True:
+            message = to_engine.ClusterView(msgspec.json.encode(self.view()))
+            self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
+            await asyncio.sleep(VIEW_INTERVAL_S)

@@ -1,0 +1,248 @@
+"""The agent of a node that has joined: dials the head, runs one stage, obeys."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+from molink.cluster.model_files import read_model
+from molink.core.cluster import Versions
+from molink.core.errors import AdmissionError, LinkError, MolinkError, UsageError, WireError
+from molink.core.ids import HEAD, NodeId, Port
+from molink.core.model import ModelFacts
+from molink.node.agent import Agent
+from molink.node.home import RunFolder
+from molink.node.stage_host import StageHost, StageSettings
+from molink.transport.credentials import server_credentials
+from molink.transport.identity import NodeIdentity
+from molink.transport.server import Accepted, LinkServer, dial
+from molink.wire import to_agent, to_head
+from molink.wire.frames import FrameHeader
+from molink.wire.to_agent import (
+    Dial,
+    Notice,
+    Ping,
+    Pong,
+    Refused,
+    RestartStage,
+    Shutdown,
+    StageAssigned,
+    StageUp,
+    Welcome,
+)
+
+logger = logging.getLogger("molink.agent")
+HEAD_DIAL_TIMEOUT_S = 10.0
+RETRY_S = 2.0
+REPORT_INTERVAL_S = 1.0
+STAGE_RESTARTS = 3  # in a row without ever coming up
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSettings:
+    """What the node's user said."""
+
+    name: str
+    head: str  # HOST:PORT
+    listen: str
+    advertise: str | None
+    model: str | None  # None: where the head has it
+    layers: str | None
+    versions: Versions
+    stage: StageSettings
+
+
+class MemberAgent(Agent):
+    """Owns the link to the head and the node's stage processes."""
+
+    def __init__(
+        self,
+        identity: NodeIdentity,
+        settings: MemberSettings,
+        run_folder: RunFolder,
+        stage_host: Callable[[Callable[[str], None]], StageHost],
+        say: Callable[[str], None],
+    ) -> None:
+        super().__init__(identity.verify().node, run_folder)
+        self._identity = identity
+        self._settings = settings
+        self._say = say
+        self._stage = stage_host(self._stage_gone)
+        self._failed_starts = 0
+        self._model: ModelFacts | None = None
+        self._stage_up: StageUp | None = None
+        self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._server = LinkServer(lambda: identity.authority_pem, self._accept)
+        self._listen_port = 0
+
+    async def run(self) -> str:
+        """Serve until the head ends or refuses the node; returns the head's parting words.
+
+        Raises:
+            MolinkError: refused, or something here cannot work.
+        """
+        await self.listen_locally()
+        credentials = server_credentials(lambda: self._identity)
+        self._listen_port = await self._server.start(self._settings.listen, credentials)
+        following = asyncio.create_task(self._follow_head())
+        reporting = asyncio.create_task(self._report())
+        try:
+            await asyncio.wait([following, self._ending], return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                following.result()
+            return self._ending.result()
+        finally:
+            following.cancel()
+            reporting.cancel()
+            await self._stop()
+
+    def end(self, reason: str) -> None:
+        if not self._ending.done():
+            self._ending.set_result(reason)
+
+    async def _stop(self) -> None:
+        self.tell_head(to_head.Leaving("the node was stopped"))
+        await asyncio.sleep(0.1)  # lets the farewell leave; nothing depends on it
+        await self._stage.stop()
+        await self._server.stop()
+        self.close_local()
+
+    async def _follow_head(self) -> None:
+        """Keep a link to the head; after a lost one, start again with an empty stage."""
+        while not self._ending.done():
+            try:
+                dialled = await dial(self._settings.head, self._identity, HEAD, HEAD_DIAL_TIMEOUT_S)
+            except LinkError as error:
+                self._say(f"{error}; trying again")
+                await asyncio.sleep(RETRY_S)
+                continue
+            try:
+                running = asyncio.create_task(self.run_link(dialled.link))
+                await asyncio.sleep(0)
+                self.tell_head(self._hello())
+                await running
+                reason = "the head closed the link"
+            except (LinkError, WireError) as error:
+                reason = str(error)
+            await dialled.channel.close()
+            if not self._ending.done():
+                self._say(f"lost the head: {reason}; trying again")
+            await self._stage.stop()
+            self._stage_up = None
+
+    def _hello(self) -> to_head.Hello:
+        settings = self._settings
+        return to_head.Hello(
+            protocol=settings.versions.protocol,
+            molink=settings.versions.molink,
+            vllm=settings.versions.vllm,
+            name=settings.name,
+            layers=settings.layers,
+            tensor_parallel_size=settings.stage.tensor_parallel_size,
+            listen_port=self._listen_port,
+            advertise=settings.advertise,
+        )
+
+    def tell_head(self, message: to_head.ToHead) -> None:
+        self.send_control(HEAD, Port.AGENT, to_head.encode(message))
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            if HEAD in self.switch.links and (stage := self.stage_counters.get(0)):
+                self.tell_head(to_head.NodeReport(stage, self.link_counters()))
+
+    async def _accept(self, accepted: Accepted) -> None:
+        try:
+            await self.run_link(accepted.link)
+            reason = "it was closed"
+        except MolinkError as error:
+            reason = str(error)
+        self.link_lost(accepted.identity.node, reason)
+
+    def link_lost(self, node: NodeId, reason: str) -> None:
+        self.tell_head(to_head.LinkLost(node, reason))
+
+    # Messages
+
+    def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
+        super().on_local(header, message)
+        if isinstance(message, StageUp) and header.rank == 0:
+            self._failed_starts = 0
+            self._stage_up = message
+            self._tell_ready()
+        elif isinstance(message, to_agent.StageFailed):
+            self._say(f"the stage failed: {message.reason}")
+
+    def on_remote(self, node: NodeId, payload: bytes) -> None:
+        if node != HEAD:
+            message = to_agent.decode(payload)
+            if isinstance(message, Ping | Pong):
+                self.on_ping(node, message)
+            return
+        match to_agent.decode(payload):
+            case Ping() | Pong() as probe:
+                self.on_ping(node, probe)
+            case Welcome() as welcome:
+                self._start(self._welcomed(welcome))
+            case Refused(reason=reason):
+                self._end_with(AdmissionError(reason))
+            case Notice(text=text):
+                self._say(text)
+            case Dial() as order:
+                self._start(self._dial(order))
+            case StageAssigned() as stage:
+                self._say(
+                    f"computes layers {stage.start}:{stage.end}, "
+                    f"stage {stage.stage_index + 1} of {stage.num_stages}"
+                )
+            case RestartStage():
+                self._start(self._restart_stage())
+            case Shutdown(reason=reason):
+                self.end(reason)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
+    def _end_with(self, error: MolinkError) -> None:
+        if not self._ending.done():
+            self._ending.set_exception(error)
+
+    async def _welcomed(self, welcome: Welcome) -> None:
+        """Check that this machine holds the head's model, then start the stage."""
+        path = self._settings.model or welcome.model
+        try:
+            model = await asyncio.to_thread(read_model, path, welcome.revision)
+        except UsageError as error:
+            self._end_with(error)
+            return
+        self._model = model
+        self._say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
+        self.tell_head(to_head.ModelChecked(model.config_hash, model.revision))
+        await self._restart_stage()
+
+    async def _restart_stage(self) -> None:
+        self._stage_up = None
+        await self._stage.stop()
+        model = self._settings.model or (self._model.name if self._model else "")
+        await self._stage.start(replace(self._settings.stage, model=model))
+
+    def _tell_ready(self) -> None:
+        if self._stage_up is not None:
+            self.tell_head(self._stage_up)
+
+    def _stage_gone(self, reason: str) -> None:
+        self._stage_up = None
+        self._say(f"the stage's process is gone ({reason}); starting another")
+        self.tell_head(to_head.StageGone(reason))
+        self._failed_starts += 1
+        if self._failed_starts > STAGE_RESTARTS:
+            self._end_with(UsageError(f"the stage's process does not come up: {reason}"))
+        else:
+            self._start(self._restart_stage())
+
+    async def _dial(self, order: Dial) -> None:
+        node = NodeId(order.node)
+        ok = node in self.switch.links or await self.dial_peer(node, order.address, self._identity)
+        self.tell_head(to_head.Dialled(order.node, ok))

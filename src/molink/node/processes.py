@@ -1,0 +1,82 @@
+"""The processes of a node: started, watched, and ended with it."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+STOP_TIMEOUT_S = 5.0
+TAIL_LINES = 15
+ExitHandler = Callable[["Child", int], None]
+
+
+class Child:
+    """One child process, whose output goes to a log file.
+
+    Args:
+        module: run as `python -m module`.
+        exited: called once with the exit status, unless `stop` ended it.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        *,
+        log: Path,
+        environment: dict[str, str],
+        exited: ExitHandler,
+    ) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self.log = log
+        self._environment = {**os.environ, **environment}
+        self._exited = exited
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(self.log, "wb") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,  # Ctrl-C reaches the agent alone, which ends its children
+            )
+        self._watch = asyncio.create_task(self._wait())
+
+    async def _wait(self) -> None:
+        assert self._process is not None
+        status = await self._process.wait()
+        self._exited(self, status)
+
+    async def stop(self) -> None:
+        """End the process and whatever it started: politely first, then for certain."""
+        if self._process is None or self._watch is None:
+            return
+        self._watch.cancel()
+        self._signal(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        self._signal(signal.SIGKILL)
+        await self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def tail(self) -> str:
+        """The last lines of the log."""
+        with open(self.log, errors="replace") as log:
+            return "".join(deque(log, TAIL_LINES)).rstrip()

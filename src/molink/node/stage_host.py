@@ -1,0 +1,87 @@
+"""Keeps the stage processes of a node running: one for each tensor-parallel rank."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from molink.node.home import RunFolder
+from molink.node.processes import Child
+
+logger = logging.getLogger("molink.agent")
+STAGE_MODULE = "molink.entrypoints.stage"
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """What the node's user said about its stage."""
+
+    model: str
+    device: str  # "auto", "cpu" or "cuda"
+    tensor_parallel_size: int
+    engine_flags: tuple[str, ...]
+    environment: dict[str, str]
+
+
+class StageHost:
+    """Owns the stage's processes. A stage is loaded once; to load again means new processes.
+
+    Args:
+        gone: called with the reason when a process ended by itself; all are stopped before.
+    """
+
+    def __init__(
+        self, node: int, run_folder: RunFolder, logs: Path, gone: Callable[[str], None]
+    ) -> None:
+        self._node = node
+        self._run_folder = run_folder
+        self._logs = logs
+        self._gone = gone
+        self._children: list[Child] = []
+        self._starts = 0
+        self._ended: asyncio.Task[None] | None = None
+
+    async def start(self, settings: StageSettings) -> None:
+        """Start all ranks; each attaches to the agent when it is up."""
+        self._starts += 1
+        folder = self._run_folder.path / f"stage-{self._starts}"
+        folder.mkdir(mode=0o700)
+        for rank in range(settings.tensor_parallel_size):
+            arguments = [
+                f"--socket={self._run_folder.socket}",
+                f"--node={self._node}",
+                f"--rank={rank}",
+                f"--tensor-parallel-size={settings.tensor_parallel_size}",
+                f"--model={settings.model}",
+                f"--device={settings.device}",
+                f"--run-folder={folder}",
+                "--",
+                *settings.engine_flags,
+            ]
+            child = Child(
+                STAGE_MODULE,
+                arguments,
+                log=self._logs / f"stage-{rank}.log",
+                environment=settings.environment,
+                exited=self._exited,
+            )
+            self._children.append(child)
+            await child.start()
+
+    async def stop(self) -> None:
+        children, self._children = self._children, []
+        await asyncio.gather(*(child.stop() for child in children))
+
+    def _exited(self, child: Child, status: int) -> None:
+        if child in self._children:
+            logger.warning("stage process ended with status %d:\n%s", status, child.tail())
+            self._ended = asyncio.create_task(self._give_up(_how(status)))
+
+    async def _give_up(self, reason: str) -> None:
+        await self.stop()
+        self._gone(reason)
+
+
+def _how(status: int) -> str:
+    return f"killed by signal {-status}" if status < 0 else f"ended with status {status}"

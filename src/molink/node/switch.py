@@ -1,0 +1,87 @@
+"""The switch inside an agent: where a frame goes next."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+from molink.core.errors import WireError
+from molink.core.ids import EVERY_STAGE, HEAD, NodeId, Port
+from molink.transport.link import Link
+from molink.transport.local_server import LocalPeer
+from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind
+
+ControlHandler = Callable[[FrameHeader, bytes], None]
+
+
+class Switch:
+    """Forwards frames between the node's own processes and its links; keeps no message.
+
+    A frame for a node without a link of its own goes to the head, which relays it. Owns the tables
+    of links and local processes; `control` receives what is addressed to the agent itself.
+    """
+
+    def __init__(self, node: NodeId, control: ControlHandler) -> None:
+        self.node = node
+        self.links: dict[NodeId, Link] = {}
+        self.local: dict[Port, dict[int, LocalPeer]] = {}
+        self.stage_nodes: tuple[NodeId, ...] = ()
+        self.dropped: Counter[str] = Counter()
+        self._control = control
+
+    def from_local(
+        self, peer: LocalPeer, header: FrameHeader, frame: bytes
+    ) -> Awaitable[None] | None:
+        """Handle a frame of a process on this node."""
+        self.local.setdefault(header.source.port, {})[header.rank] = peer
+        return self.forward(header, frame)
+
+    def from_link(self, link: Link, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:
+        """Handle a frame of another node. Only the head may relay for others.
+
+        Raises:
+            WireError: the frame claims to come from a node it does not come from.
+        """
+        if header.source.node != link.peer and link.peer != HEAD:
+            raise WireError(f"node {link.peer} sent a frame in the name of {header.source.node}")
+        if header.destination.node == EVERY_STAGE:  # the head has already made the copies
+            self._deliver(header, frame)
+            return None
+        return self.forward(header, frame)
+
+    def forward(self, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:
+        """Send a frame on; an awaitable asks the source to wait for room."""
+        destination = header.destination
+        if destination.node == EVERY_STAGE:
+            waits = [self._to_node(node, header, frame) for node in self.stage_nodes]
+            waiting = [wait for wait in waits if wait is not None]
+            return asyncio.gather(*waiting) if waiting else None
+        return self._to_node(destination.node, header, frame)
+
+    def _to_node(
+        self, node: NodeId, header: FrameHeader, frame: bytes
+    ) -> asyncio.Future[None] | None:
+        if node == self.node:
+            self._deliver(header, frame)
+            return None
+        link = self.links.get(node) or self.links.get(HEAD)
+        if link is None:
+            self.dropped["no link"] += 1
+            return None
+        return link.send(frame, header.priority)
+
+    def _deliver(self, header: FrameHeader, frame: bytes) -> None:
+        if header.destination.port == Port.AGENT:
+            if header.kind == Kind.CONTROL:
+                self._control(header, frame[HEADER_SIZE:])
+            return
+        peers = self.local.get(header.destination.port)
+        if not peers:
+            self.dropped["no process"] += 1
+            return
+        for peer in peers.values():
+            peer.send(frame)
+
+    def forget(self, peer: LocalPeer) -> None:
+        """Remove a local process that is gone."""
+        if peer.port is not None:
+            self.local.get(peer.port, {}).pop(peer.rank, None)

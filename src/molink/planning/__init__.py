@@ -1,0 +1,1 @@
+"""Pure decisions: which node gets which layers. No I/O, no clock."""

@@ -1,0 +1,155 @@
+"""The blocking end of a local socket: how engine and stages talk to their own agent.
+
+A unix stream socket in a folder only the user can enter. Sending tries once without blocking and
+leaves the rest to a thread, so that a stage computes its next step while its output still leaves;
+end of file means that the agent is gone.
+"""
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+
+from molink.core.errors import LinkError
+from molink.core.ids import Address
+from molink.wire.assembly import Assembler, Message
+from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind, Priority, cut
+
+SOCKET_BUFFER = 4 * 1024 * 1024  # bytes asked of the kernel, which may give less
+MAX_UNFINISHED = 1 << 31  # bytes of messages that may be half received
+_MAX_PIECES = 64  # buffers of one system call
+
+
+class LocalSocket:
+    """One process's connection to its agent. One thread receives; any thread may send."""
+
+    def __init__(self, path: Path, address: Address, rank: int = 0) -> None:
+        self.address = address
+        self.rank = rank
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+        self._socket.connect(str(path))
+        self._assembler = Assembler(MAX_UNFINISHED)
+        self._header = bytearray(HEADER_SIZE)
+        self._outbox = _Outbox(self._socket)
+
+    def send(
+        self,
+        kind: Kind,
+        destination: Address,
+        parts: Iterable[bytes | bytearray | memoryview],
+        *,
+        priority: Priority = Priority.CONTROL,
+        epoch: int = 0,
+        sequence: int = 0,
+    ) -> None:
+        """Send one message made of `parts`; returns before it has left.
+
+        The caller leaves the parts' memory unchanged; the socket keeps it alive.
+        """
+        pieces: list[memoryview] = []
+        for header, piece in cut(
+            kind,
+            priority,
+            self.address,
+            destination,
+            [memoryview(part).cast("B") for part in parts],
+            epoch=epoch,
+            sequence=sequence,
+            rank=self.rank,
+        ):
+            pieces.append(memoryview(header))
+            pieces.extend(piece)
+        self._outbox.send(pieces)
+
+    def receive(self) -> Message:
+        """The next whole message; blocks.
+
+        Raises:
+            LinkError: the agent is gone.
+            WireError: the bytes break the protocol.
+        """
+        while True:
+            self._fill(memoryview(self._header))
+            header = FrameHeader.unpack(self._header)
+            self._fill(self._assembler.buffer(header))
+            message = self._assembler.commit(header)
+            if message is not None:
+                return message
+
+    def _fill(self, view: memoryview) -> None:
+        while view.nbytes:
+            try:
+                count = self._socket.recv_into(view)
+            except OSError as error:
+                raise LinkError(f"the local agent's socket failed: {error}") from error
+            if count == 0:
+                raise LinkError("the local agent is gone")
+            view = view[count:]
+
+    def close(self) -> None:
+        self._outbox.close()
+        self._socket.close()
+
+
+class _Outbox:
+    """Sends at once what the kernel takes at once; a thread sends what is left, in order."""
+
+    def __init__(self, target: socket.socket) -> None:
+        self._socket = target
+        self._pending: deque[memoryview] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._drain, name="local-outbox", daemon=True)
+        self._thread.start()
+
+    def send(self, pieces: list[memoryview]) -> None:
+        with self._changed:
+            if not self._pending:
+                pieces = self._try_send(pieces)
+            if pieces:
+                self._pending.extend(pieces)
+                self._changed.notify()
+
+    def _try_send(self, pieces: list[memoryview]) -> list[memoryview]:
+        while pieces:
+            try:
+                count = self._socket.sendmsg(pieces[:_MAX_PIECES], (), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                return []  # the receiving side reports that the agent is gone
+            pieces = _after(pieces, count)
+        return pieces
+
+    def _drain(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._closed)
+                if self._closed:
+                    return
+                batch = [self._pending[i] for i in range(min(len(self._pending), _MAX_PIECES))]
+            try:
+                rest = _after(batch, self._socket.sendmsg(batch))
+            except OSError:
+                return
+            with self._changed:
+                for _ in batch:
+                    self._pending.popleft()
+                self._pending.extendleft(reversed(rest))
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+
+def _after(pieces: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of `pieces` after `count` bytes."""
+    for index, piece in enumerate(pieces):
+        if count < piece.nbytes:
+            return [piece[count:], *pieces[index + 1 :]]
+        count -= piece.nbytes
+    return []

@@ -1,0 +1,160 @@
+"""The agent's one port: a gRPC server with mutual TLS, and dialling the same service elsewhere."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+import msgspec
+
+from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
+from molink.core.ids import NodeId
+from molink.transport.credentials import (
+    channel_credentials,
+    diagnose,
+    expect_node,
+    peer_certificate,
+)
+from molink.transport.identity import NodeIdentity, PeerIdentity, peer_identity
+from molink.transport.link import CHANNEL_OPTIONS, ENROLL_METHOD, LINK_METHOD, Link
+from molink.transport.token import JoinToken
+
+SERVICE = "molink.Agent"
+MAX_ENROLL_REQUEST = 16 * 1024  # bytes
+STARTUP_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
+
+
+class Accepted(NamedTuple):
+    """A link that another node opened, and where it came from."""
+
+    link: Link
+    identity: PeerIdentity
+    remote_host: str
+
+
+AcceptHandler = Callable[[Accepted], Awaitable[None]]
+EnrollHandler = Callable[[bytes, bytes], bytes]
+"""(the caller's certificate, its request) -> reply; MolinkError refuses."""
+
+
+class LinkServer:
+    """Listens for links and, on the head, for enrolment.
+
+    Args:
+        authority: of the cluster; peers whose certificate it did not issue may only enrol.
+        accept: runs one link until it ends.
+        enroll: None where nobody can enrol.
+    """
+
+    def __init__(
+        self,
+        authority: Callable[[], bytes],
+        accept: AcceptHandler,
+        enroll: EnrollHandler | None = None,
+    ) -> None:
+        self._authority = authority
+        self._accept = accept
+        self._enroll = enroll
+        self._server: grpc.aio.Server | None = None
+
+    async def start(self, listen: str, credentials: grpc.ServerCredentials) -> int:
+        """Listen on HOST:PORT; returns the port.
+
+        Raises:
+            UsageError: the address is taken or not this machine's.
+        """
+        self._server = grpc.aio.server(options=STARTUP_OPTIONS)
+        handlers = {"Link": grpc.stream_stream_rpc_method_handler(self._link)}
+        if self._enroll is not None:
+            handlers["Enroll"] = grpc.unary_unary_rpc_method_handler(self._enroll_call)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
+        )
+        try:
+            port = self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise UsageError(
+                f"cannot listen on {listen}: another program uses the port, or the address is not "
+                "this machine's; choose another one with --listen HOST:PORT"
+            ) from error
+        await self._server.start()
+        return port
+
+    async def stop(self) -> None:
+        if self._server is not None:
+            await self._server.stop(grace=0.2)
+
+    async def _link(self, _: Any, context: Any) -> None:
+        try:
+            leaf = peer_certificate(context.auth_context())
+            identity = peer_identity(leaf, self._authority())
+        except IdentityError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
+            return
+        link = Link(identity.node, context)
+        await self._accept(Accepted(link, identity, _host_of(context.peer())))
+
+    async def _enroll_call(self, request: bytes, context: Any) -> bytes:
+        assert self._enroll is not None
+        if len(request) > MAX_ENROLL_REQUEST:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request is too large")
+        try:
+            return self._enroll(peer_certificate(context.auth_context()), request)
+        except (MolinkError, msgspec.DecodeError) as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
+            raise
+
+
+def _host_of(peer: str) -> str:
+    """`ipv4:10.0.0.7:41234` -> `10.0.0.7`; gRPC writes IPv6 as `ipv6:%5B::1%5D:41234`."""
+    address = peer.partition(":")[2].rpartition(":")[0]
+    return address.replace("%5B", "[").replace("%5D", "]")
+
+
+class Dialled(NamedTuple):
+    """A link this node opened; close the channel after it."""
+
+    link: Link
+    channel: grpc.aio.Channel
+
+
+async def dial(address: str, identity: NodeIdentity, node: NodeId, timeout_s: float) -> Dialled:
+    """Open a link to `node` at HOST:PORT.
+
+    Raises:
+        LinkError: it cannot be reached in time or is somebody else; says why.
+    """
+    channel = await _connect(address, identity, node, timeout_s)
+    call = channel.stream_stream(LINK_METHOD)()
+    return Dialled(Link(node, call), channel)
+
+
+async def enroll(address: str, token: JoinToken, request: bytes, timeout_s: float) -> bytes:
+    """Make the one call that a token allows.
+
+    Raises:
+        LinkError: the head cannot be reached or refused; says why.
+    """
+    channel = await _connect(address, token, NodeId(0), timeout_s)
+    try:
+        reply: bytes = await channel.unary_unary(ENROLL_METHOD)(request, timeout=timeout_s)
+        return reply
+    except grpc.aio.AioRpcError as error:
+        raise LinkError(f"the head refused: {error.details()}") from error
+    finally:
+        await channel.close()
+
+
+async def _connect(
+    address: str, proof: JoinToken | NodeIdentity, node: NodeId, timeout_s: float
+) -> grpc.aio.Channel:
+    options = [*CHANNEL_OPTIONS, expect_node(node)]
+    channel = grpc.aio.secure_channel(address, channel_credentials(proof), options=options)
+    try:
+        await asyncio.wait_for(channel.channel_ready(), timeout_s)
+    except TimeoutError as error:
+        await channel.close()
+        reason = await asyncio.to_thread(diagnose, address, proof, node)
+        raise LinkError(reason) from error
+    return channel

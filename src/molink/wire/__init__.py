@@ -1,0 +1,1 @@
+"""What crosses: the codec, frames and messages."""

@@ -1,0 +1,137 @@
+"""What an agent reads: from processes on its own node, and from the head."""
+
+import msgspec
+
+# From the node's own processes
+
+
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    """First message on a local socket; the frame's header says port and rank."""
+
+
+class StageUp(msgspec.Struct, frozen=True, tag=True):
+    """A stage process is ready to load layers, and has measured its device."""
+
+    device: str
+    num_devices: int
+    free_bytes: int
+    bytes_per_s: float
+    flop_per_s: float
+
+
+class StageCounters(msgspec.Struct, tag=True):
+    """What a stage has done since it started. Owned by the stage; sent as a snapshot."""
+
+    steps: int = 0
+    compute_s: float = 0.0
+    waiting_s: float = 0.0  # for input or for work
+
+
+class StageFailed(msgspec.Struct, frozen=True, tag=True):
+    """A stage process is about to end, and why."""
+
+    reason: str
+
+
+class EngineState(msgspec.Struct, frozen=True, tag=True):
+    """The engine serves (`error` is None) or could not repair its pipeline."""
+
+    epoch: int
+    error: str | None
+    steps_in_flight: int = 0
+
+
+class GetCluster(msgspec.Struct, frozen=True, tag=True):
+    """Asked by the gateway; answered by `wire.to_engine.ClusterView`."""
+
+
+# From the head
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The node is admitted; it checks that it holds this model."""
+
+    cluster_id: str
+    model: str  # as typed on the head: a folder or a hub id
+    config_hash: str
+    revision: str | None
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The node may not take part, and why; it ends."""
+
+    reason: str
+
+
+class Notice(msgspec.Struct, frozen=True, tag=True):
+    """A line for the person in front of the node."""
+
+    text: str
+
+
+class Dial(msgspec.Struct, frozen=True, tag=True):
+    """Try to link directly to another node; answered by `wire.to_head.Dialled`."""
+
+    node: int
+    address: str  # HOST:PORT
+
+
+class StageAssigned(msgspec.Struct, frozen=True, tag=True):
+    """The node's layers, for its own display."""
+
+    epoch: int
+    start: int
+    end: int
+    stage_index: int
+    num_stages: int
+
+
+class RestartStage(msgspec.Struct, frozen=True, tag=True):
+    """Start the stage's processes anew: a new engine will load them."""
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """The head ends; so does the node."""
+
+    reason: str
+
+
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Answered at once by `Pong` with the same time; measures the round trip."""
+
+    sent_at: float  # seconds, clock of the sender
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    sent_at: float
+
+
+ToAgent = (
+    Attach
+    | StageUp
+    | StageCounters
+    | StageFailed
+    | EngineState
+    | GetCluster
+    | Welcome
+    | Refused
+    | Notice
+    | Dial
+    | StageAssigned
+    | RestartStage
+    | Shutdown
+    | Ping
+    | Pong
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ToAgent] = msgspec.msgpack.Decoder(ToAgent)
+
+
+def encode(message: ToAgent) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | bytearray | memoryview) -> ToAgent:
+    """Raises msgspec.DecodeError for anything else."""
+    return _decoder.decode(payload)

@@ -1,0 +1,55 @@
+"""What the head's agent tells the engine and the gateway in front of it."""
+
+import msgspec
+
+
+class StagePlace(msgspec.Struct, frozen=True):
+    """One stage of the pipeline."""
+
+    node: int
+    name: str
+    start: int
+    end: int
+    tensor_parallel_size: int
+
+
+class PipelineAssigned(msgspec.Struct, frozen=True, tag=True):
+    """The pipeline to serve; the stage processes of all its nodes are up."""
+
+    epoch: int
+    stages: list[StagePlace]
+
+
+class PipelineDown(msgspec.Struct, frozen=True, tag=True):
+    """A stage is lost. Steps and calls of this epoch get no answer any more."""
+
+    epoch: int
+    reason: str
+
+
+class PipelineRepaired(msgspec.Struct, frozen=True, tag=True):
+    """Every stage has a process again; `replaced` hold no weights yet."""
+
+    pipeline: PipelineAssigned
+    replaced: list[int]  # indices of stages
+
+
+class ClusterView(msgspec.Struct, frozen=True, tag=True):
+    """Answer to `wire.to_agent.GetCluster`."""
+
+    view: bytes  # JSON, as `/cluster` serves it
+
+
+ToEngine = PipelineAssigned | PipelineDown | PipelineRepaired | ClusterView
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+
+def encode(message: ToEngine) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | bytearray | memoryview) -> ToEngine:
+    """Raises msgspec.DecodeError for anything else."""
+    return _decoder.decode(payload)

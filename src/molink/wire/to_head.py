@@ -1,0 +1,105 @@
+"""What the head reads from the other nodes' agents."""
+
+import msgspec
+
+from molink.wire.to_agent import Ping, Pong, StageCounters, StageUp
+
+
+class EnrollRequest(msgspec.Struct, frozen=True):
+    """The one call a holder of a join token may make."""
+
+    name: str
+    signing_request: bytes  # PEM
+
+
+class EnrollReply(msgspec.Struct, frozen=True):
+    node_id: int
+    certificate: bytes  # PEM
+    authority: bytes  # PEM
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First message on a link to the head."""
+
+    protocol: int
+    molink: str
+    vllm: str
+    name: str
+    layers: str | None  # pinned range, as typed
+    tensor_parallel_size: int
+    listen_port: int
+    advertise: str | None  # HOST:PORT under which others may dial this node
+
+
+class ModelChecked(msgspec.Struct, frozen=True, tag=True):
+    """The node holds a model with this configuration."""
+
+    config_hash: str
+    revision: str | None
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The node goes away on purpose."""
+
+    reason: str
+
+
+class StageGone(msgspec.Struct, frozen=True, tag=True):
+    """The node's stage process ended; the node starts another."""
+
+    reason: str
+
+
+class Dialled(msgspec.Struct, frozen=True, tag=True):
+    node: int
+    ok: bool
+
+
+class LinkLost(msgspec.Struct, frozen=True, tag=True):
+    """A direct link to another node broke."""
+
+    node: int
+    reason: str
+
+
+class LinkCounters(msgspec.Struct, frozen=True):
+    """One link as seen from one end."""
+
+    peer: int
+    bytes_sent: int
+    bytes_received: int
+    frames_queued: int
+    rtt_s: float | None
+
+
+class NodeReport(msgspec.Struct, frozen=True, tag=True):
+    """Counters of a node, once a second."""
+
+    stage: StageCounters
+    links: list[LinkCounters]
+
+
+ToHead = (
+    Hello
+    | ModelChecked
+    | StageUp
+    | StageGone
+    | Leaving
+    | Dialled
+    | LinkLost
+    | NodeReport
+    | Ping
+    | Pong
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[ToHead] = msgspec.msgpack.Decoder(ToHead)
+
+
+def encode(message: ToHead) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | bytearray | memoryview) -> ToHead:
+    """Raises msgspec.DecodeError for anything else."""
+    return _decoder.decode(payload)

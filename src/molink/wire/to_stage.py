@@ -1,0 +1,62 @@
+"""What a stage reads: calls of the engine. Steps are in `wire.frames.Kind`."""
+
+import msgspec
+
+WORKER_CALLS = frozenset(
+    {
+        "add_lora",
+        "compile_or_warm_up_model",
+        "determine_available_memory",
+        "get_kv_cache_spec",
+        "get_supported_kv_cache_layouts",
+        "get_supported_tasks",
+        "initialize_from_config",
+        "list_loras",
+        "pin_lora",
+        "profile",
+        "remove_lora",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "set_kv_cache_layout",
+        "sleep",
+        "supports_draft_weight_updates",
+        "update_max_model_len",
+        "wake_up",
+    }
+)
+"""Methods of vLLM's worker that a stage answers, besides its own `load` and `reset`.
+
+A closed list: callables are never sent.
+"""
+
+
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
+    """Values the head's vLLM resolved, whose defaults differ from device to device.
+
+    A stage builds its own configuration from the user's engine flags and these; every field here
+    wins over the node's own default, and what the stage then resolves is compared with it.
+    """
+
+    dtype: str
+    quantization: str | None
+    kv_cache_dtype: str
+    seed: int
+    max_model_len: int  # tokens
+    max_num_batched_tokens: int  # tokens of one step
+    max_num_seqs: int  # requests of one step
+    block_size: int | None  # tokens of one KV block
+    enable_prefix_caching: bool
+    enable_chunked_prefill: bool
+    max_loras: int | None
+    max_lora_rank: int | None
+    num_speculative_tokens: int | None
+
+
+class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
+    """Build the configuration and load one layer range."""
+
+    stage_index: int
+    nodes: list[int]  # of every stage, in order
+    partition: list[int]  # layers of every stage, in order
+    engine_flags: list[str]  # the user's vLLM engine flags, as typed on the head
+    resolved: Resolved

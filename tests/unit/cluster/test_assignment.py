@@ -1,0 +1,100 @@
+"""Who takes a lost stage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from molink.cluster.admission import HeldModel
+from molink.cluster.assignment import Waiting
+from molink.cluster.state import Role
+from molink.core.cluster import Resources
+from molink.core.model import ModelFacts
+from molink.core.plan import Pipeline
+
+MakeCluster = Callable[..., Any]
+
+
+def layout(pipeline: Pipeline | Waiting) -> list[tuple[int, str]]:
+    assert isinstance(pipeline, Pipeline), pipeline
+    return [(stage.node, str(stage.layers)) for stage in pipeline.stages]
+
+
+def waiting(planned: Pipeline | Waiting) -> str:
+    assert isinstance(planned, Waiting), planned
+    return planned.text
+
+
+def test_a_lost_stage_waits_for_its_node_and_comes_back_in_the_next_epoch(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.ready("beta")
+    assert cluster.coordinator.plan().epoch == 1
+    cluster.coordinator.node_lost(beta, "no heartbeat for 10 s")
+    text = waiting(cluster.coordinator.plan())
+    assert "beta with layers 4:8 is lost (no heartbeat for 10 s)" in text
+    cluster.rejoin(beta, "beta")
+    assert "beta with layers 4:8 is joined" in waiting(cluster.coordinator.plan())
+    cluster.measure(beta)
+    mended = cluster.coordinator.plan()
+    assert layout(mended) == [(0, "0:4"), (beta, "4:8")]
+    assert mended.epoch == 2
+
+
+def test_a_lost_stage_process_is_loaded_again_on_its_node(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.ready("beta")
+    cluster.coordinator.plan()
+    cluster.coordinator.stage_lost(beta, "killed by signal 9")
+    mended = cluster.coordinator.plan()
+    assert (layout(mended)[1], mended.epoch) == ((beta, "4:8"), 2)
+
+
+def test_a_spare_takes_a_lost_stage_and_the_lost_node_returns_as_spare(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(2)
+    beta, gamma = cluster.ready("beta"), cluster.ready("gamma")
+    cluster.coordinator.plan()
+    cluster.coordinator.node_lost(beta, "gone")
+    assert layout(cluster.coordinator.plan()) == [(0, "0:4"), (gamma, "4:8")]
+    cluster.rejoin(beta, "beta")
+    assert cluster.state.role(beta) is Role.SPARE
+    assert cluster.coordinator.plan().epoch == 2
+
+
+@pytest.mark.parametrize(("layers", "takes"), [("4:8", True), ("4:7", False), ("0:8", False)])
+def test_a_pinned_spare_takes_only_its_own_layers(
+    make_cluster: MakeCluster, layers: str, takes: bool
+) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.ready("beta")
+    cluster.coordinator.plan()
+    gamma = cluster.ready("gamma", layers)
+    cluster.coordinator.node_lost(beta, "gone")
+    planned = cluster.coordinator.plan()
+    assert isinstance(planned, Pipeline) == takes
+    assert (cluster.state.role(gamma) is Role.STAGE) == takes
+
+
+def test_a_spare_without_the_memory_is_not_taken(
+    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+) -> None:
+    cluster = make_cluster(2)
+    beta, gamma = cluster.ready("beta"), cluster.join("gamma")
+    cluster.coordinator.plan()
+    small = replace(resources, free_bytes=5 << 20)  # 4 layers and the edge are 5 MiB, without cache
+    cluster.coordinator.measured(gamma, small, HeldModel.of(model))
+    cluster.coordinator.node_lost(beta, "gone")
+    assert "a node with 0.0 GiB free" in waiting(cluster.coordinator.plan())
+
+
+def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(head_layers="0:4")
+    beta = cluster.ready("beta", "4:8")
+    cluster.coordinator.plan()
+    cluster.rejoin(beta, "beta", "5:8")
+    cluster.measure(beta)
+    assert "beta came back without layers 4:8" in waiting(cluster.coordinator.plan())
