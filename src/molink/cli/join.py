@@ -102,6 +102,7 @@ async def _join(
     try:
         identity, head = await _identity(folder, invitation, addresses, settings.name)
         node = identity.verify().node
+        folder.head.write_text(head)
         logs = folder.path / "logs"
         agent = MemberAgent(
             identity,

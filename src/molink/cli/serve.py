@@ -142,13 +142,15 @@ async def _serve(
         nodes,
     )
     coordinator.start(model, settings.name)
+    identity = _identity(authority, settings.name)
+    identity.save(folder.identity)
     run_folder = RunFolder()
     logs = folder.path / "logs"
     try:
         agent = HeadAgent(
             coordinator,
             authority,
-            _identity(authority, settings.name),
+            identity,
             settings,
             run_folder,
             lambda gone: StageHost(HEAD, run_folder, logs, gone),
@@ -157,6 +159,7 @@ async def _serve(
         )
         on_signal(lambda: agent.end("stopped"))
         port = await agent.listen()
+        folder.head.write_text(f"{_local_host(settings.listen)}:{port}")
         _print_invitation(coordinator, authority, settings, port, token_file or folder.token)
         say(f"logs are in {logs}")
         say(await agent.run())
@@ -185,14 +188,20 @@ def _print_invitation(
     token_file.write_text(text + "\n")
     say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
     say("on the next machine, run (the token is good for 24 hours):")
-    print(f"\n    molink join --token {text}\n", flush=True)
+    typer.echo(f"\n    molink join --token {text}\n")
+
+
+def _local_host(listen: str) -> str:
+    """Where this machine itself reaches what listens there."""
+    host = listen.rpartition(":")[0]
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
 
 
 def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:
     if settings.advertise is not None:
         return (settings.advertise,)
     host = settings.listen.rpartition(":")[0]
-    if host not in ("0.0.0.0", "[::]", "::", ""):
+    if host not in ("0.0.0.0", "[::]", ""):
         return (f"{host}:{port}",)
     found = [
         address.address

@@ -1,8 +1,113 @@
 """`molink status`: what a cluster looks like now."""
 
+import asyncio
+from typing import Annotated
+
 import typer
+from rich.table import Table
+
+from molink.cli.console import console, fail
+from molink.cluster.view import ClusterView, decode_view
+from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
+from molink.node.home import ClusterFolder, known_clusters
+from molink.transport.identity import NodeIdentity
+from molink.transport.server import fetch_status
+
+TIMEOUT_S = 3.0
 
 
-def status() -> None:
-    """Show the cluster."""
-    raise typer.Exit
+def status(
+    head: Annotated[
+        str | None,
+        typer.Argument(metavar="[HEAD:PORT]", help="The head's agent, if several run here."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show nodes, stages and links of the cluster this machine belongs to."""
+    try:
+        answers = asyncio.run(_ask(head))
+        if not answers:
+            raise UsageError(
+                "no cluster answers here; start one with molink serve, or run this on a machine "
+                "that has joined one"
+            )
+        if len(answers) > 1:
+            known = ", ".join(answers)
+            raise UsageError(f"several clusters answer: {known}; name one: molink status HEAD:PORT")
+        (data,) = answers.values()
+    except MolinkError as error:
+        fail(error)
+    if json:
+        typer.echo(data.decode())
+    else:
+        _show(decode_view(data))
+
+
+async def _ask(head: str | None) -> dict[str, bytes]:
+    """What the heads say, by address; with `head` only that one, or why it does not answer."""
+    known = {}
+    for folder in known_clusters():
+        address = head or _head_of(folder)
+        identity = _identity_of(folder)
+        if address and identity and address not in known:
+            known[address] = identity
+    if head and not known:
+        raise UsageError(f"this machine has no identity in any cluster, so {head} will not answer")
+    if head:
+        return {head: await _ask_with_any(head)}
+    answers = await asyncio.gather(
+        *(fetch_status(address, identity, TIMEOUT_S) for address, identity in known.items()),
+        return_exceptions=True,
+    )
+    return {
+        a: answer for a, answer in zip(known, answers, strict=True) if isinstance(answer, bytes)
+    }
+
+
+async def _ask_with_any(head: str) -> bytes:
+    """Ask with each identity of this machine in turn; raises LinkError of the last."""
+    trouble = LinkError(f"{head} does not answer")
+    for folder in known_clusters():
+        identity = _identity_of(folder)
+        if identity is None:
+            continue
+        try:
+            return await fetch_status(head, identity, TIMEOUT_S)
+        except LinkError as error:
+            trouble = error
+    raise trouble
+
+
+def _head_of(folder: ClusterFolder) -> str | None:
+    return folder.head.read_text().strip() if folder.head.exists() else None
+
+
+def _identity_of(folder: ClusterFolder) -> NodeIdentity | None:
+    try:
+        return NodeIdentity.load(folder.identity)
+    except IdentityError:
+        return None
+
+
+def _show(view: ClusterView) -> None:
+    state = "serving" if view.serving else "not serving"
+    console.print(f"cluster {view.cluster_id} · {view.model} · {state} at {view.http}")
+    nodes = Table("node", "status", "role", "device", "free GiB", "trouble", title="nodes")
+    for node in view.nodes:
+        free = "" if node.free_bytes is None else f"{node.free_bytes / (1 << 30):.1f}"
+        nodes.add_row(
+            node.name, node.status, node.role or "", node.device or "", free, node.trouble
+        )
+    console.print(nodes)
+    stages = Table("stage", "node", "layers", "steps", "compute s", "waiting s", title="stages")
+    for stage in view.stages:
+        counters = stage.counters
+        times = f"{counters.compute_s:.1f}", f"{counters.waiting_s:.1f}"
+        stages.add_row(str(stage.index), stage.node, stage.layers, str(counters.steps), *times)
+    console.print(stages)
+    links = Table("from", "to", "MiB sent", "frames queued", "round trip ms", title="links")
+    for link in view.links:
+        rtt = "" if link.rtt_s is None else f"{link.rtt_s * 1e3:.2f}"
+        sent = f"{link.bytes_sent / (1 << 20):.2f}"
+        links.add_row(link.source, link.destination, sent, str(link.frames_queued), rtt)
+    console.print(links)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class ModelFacts:
     """Facts read from a model's configuration and checkpoint headers.
 
-    `layer_bytes` and `edge_bytes` are sizes as they lie in the checkpoint: one decoder layer (mean),
-    and everything that is not a decoder layer (embedding, final norm, output head).
+    `layer_bytes` and `edge_bytes` are sizes as they lie in the checkpoint: one decoder layer
+    (mean), and everything that is not a decoder layer (embedding, final norm, output head).
     """
 
     name: str  # as the user typed it on the head: a folder or a hub id

@@ -53,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stages that cover every layer once, in order. `epoch` grows with every change of membership."""
+    """Stages that cover every layer once, in order; `epoch` grows with every new membership."""
 
     stages: tuple[Stage, ...]
     epoch: int = 1

@@ -91,9 +91,7 @@ class PipelineExecutor(Executor):
 
     # Steps
 
-    def execute_model(  # type: ignore[override]
-        self, scheduler_output: SchedulerOutput, non_block: bool = False
-    ) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         if self._down is not None:
             return _answer(_done(LostStep.because(self._down)), non_block)
         compat.strip_for_wire(scheduler_output)
@@ -109,9 +107,7 @@ class PipelineExecutor(Executor):
         self._step = (sequence, future, sample_now)
         return _answer(_done(None), non_block)
 
-    def sample_tokens(  # type: ignore[override]
-        self, grammar_output: GrammarOutput | None, non_block: bool = False
-    ) -> Any:
+    def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         if self._step is None:
             return _answer(_done(LostStep.because(self._down or "no step")), non_block)
         sequence, future, sample_now = self._step
@@ -128,7 +124,7 @@ class PipelineExecutor(Executor):
 
     # Calls
 
-    def collective_rpc(  # type: ignore[override]
+    def collective_rpc(
         self,
         method: str | Callable[..., Any],
         timeout: float | None = None,

@@ -19,7 +19,7 @@ from molink.engine.executor import PipelineExecutor
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
 
-def parse_flags(model: str, host: str, port: int, flags: list[str]) -> Namespace:
+def parse_flags(model: str, host: str, port: int, flags: list[str]) -> Any:
     """vLLM's arguments; exits with status 2 and vLLM's message for a wrong flag."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="molink serve", allow_abbrev=False))
     arguments = parser.parse_args([f"--model={model}", f"--host={host}", f"--port={port}", *flags])

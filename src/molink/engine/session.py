@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import LinkError, StageError
+from molink.core.errors import LinkError, StageError, WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_engine
@@ -30,7 +30,7 @@ class EngineSession:
     Args:
         socket_path: of the local agent.
         codec: with the engine's types registered.
-        lost: called in the receiving thread when the pipeline went down, after waiting calls failed.
+        lost: called when the pipeline went down, before waiting calls fail.
         repaired: called in a thread of its own when every stage has a process again.
         agent_lost: called when the agent is gone; the process should end.
     """
@@ -127,9 +127,11 @@ class EngineSession:
         future = self._take((kind, message.sequence, message.source.node, message.rank))
         if future is not None:
             try:
-                future.set_result(self._codec.decode(message.payload))
-            except Exception as error:
+                answer = self._codec.decode(message.payload)
+            except WireError as error:
                 future.set_exception(error)
+            else:
+                future.set_result(answer)
 
     def _resolve_failure(self, message: Message, text: str) -> None:
         for kind in (Kind.RESULT, Kind.REPLY):

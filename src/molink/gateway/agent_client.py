@@ -1,4 +1,4 @@
-"""The HTTP server's connection to the head's agent: the pipeline, and what the cluster looks like."""
+"""The HTTP server's connection to the head's agent: the pipeline, and a view of the cluster."""
 
 import os
 import threading

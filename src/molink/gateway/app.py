@@ -1,5 +1,6 @@
-"""What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, and answers while it is down."""
+"""What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, 503 while it is down."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -10,6 +11,7 @@ from molink.gateway.agent_client import AgentClient
 from molink.gateway.metrics import ClusterCollector
 
 RETRY_AFTER_S = 5
+NOTICE_S = 0.1  # the engine may fail a request before the agent's notice of the loss is here
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -61,11 +63,12 @@ class PipelineMiddleware:
 
         async def forward(message: MutableMapping[str, Any]) -> None:
             nonlocal replaced
-            lost = self._client.losses > losses
-            if message["type"] == "http.response.start" and message["status"] == 500 and lost:
-                replaced = True
-                await self._refuse(send)
-            elif not replaced:
+            if message["type"] == "http.response.start" and message["status"] == 500:
+                await asyncio.sleep(NOTICE_S)
+                replaced = self._client.losses > losses
+                if replaced:
+                    await self._refuse(send)
+            if not replaced:
                 await send(message)
 
         await self._app(scope, receive, forward)

@@ -87,7 +87,9 @@ class HeadAgent(Agent):
         self._say = say
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
-        self._server = LinkServer(lambda: authority.certificate_pem, self._accept, self._enrol)
+        self._server = LinkServer(
+            lambda: authority.certificate_pem, self._accept, self._enrol, self._view_json
+        )
         self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
         self._pipeline: Pipeline | None = None  # the one the engine was told of
@@ -159,7 +161,7 @@ class HeadAgent(Agent):
 
     def _tell_engine(self, message: to_engine.ToEngine) -> None:
         payload = to_engine.encode(message)
-        for port in (Port.ENGINE, Port.GATEWAY):
+        for port in (Port.GATEWAY, Port.ENGINE):
             self.send_control(HEAD, port, payload)
 
     # Nodes come and go
@@ -420,6 +422,9 @@ class HeadAgent(Agent):
             reports=self._reports | {HEAD: self._own_report()},
         )
 
+    def _view_json(self) -> bytes:
+        return msgspec.json.encode(self.view())
+
     def _own_report(self) -> to_head.NodeReport:
         return to_head.NodeReport(
             self.stage_counters.get(0, to_agent.StageCounters()), self.link_counters()
@@ -427,6 +432,6 @@ class HeadAgent(Agent):
 
     async def _publish_views(self) -> None:
         while True:
-            message = to_engine.ClusterView(msgspec.json.encode(self.view()))
+            message = to_engine.ClusterView(self._view_json())
             self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
             await asyncio.sleep(VIEW_INTERVAL_S)

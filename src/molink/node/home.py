@@ -35,8 +35,18 @@ class ClusterFolder:
         return self.path / "identity.pem"
 
     @property
+    def head(self) -> Path:
+        """Holds HOST:PORT of the head's agent."""
+        return self.path / "head"
+
+    @property
     def token(self) -> Path:
         return self.path / "token"
+
+
+def known_clusters() -> list[ClusterFolder]:
+    """The clusters this machine has had a node in."""
+    return [ClusterFolder(path.name) for path in sorted(home().iterdir()) if path.is_dir()]
 
 
 class RunFolder:

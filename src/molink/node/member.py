@@ -86,12 +86,10 @@ class MemberAgent(Agent):
         credentials = server_credentials(lambda: self._identity)
         self._listen_port = await self._server.start(self._settings.listen, credentials)
         following = asyncio.create_task(self._follow_head())
+        following.add_done_callback(self._followed)
         reporting = asyncio.create_task(self._report())
         try:
-            await asyncio.wait([following, self._ending], return_when=asyncio.FIRST_COMPLETED)
-            if following.done():
-                following.result()
-            return self._ending.result()
+            return await self._ending
         finally:
             following.cancel()
             reporting.cancel()
@@ -100,6 +98,11 @@ class MemberAgent(Agent):
     def end(self, reason: str) -> None:
         if not self._ending.done():
             self._ending.set_result(reason)
+
+    def _followed(self, following: asyncio.Task[None]) -> None:
+        error = None if following.cancelled() else following.exception()
+        if error is not None and not self._ending.done():
+            self._ending.set_exception(error)
 
     async def _stop(self) -> None:
         self.tell_head(to_head.Leaving("the node was stopped"))

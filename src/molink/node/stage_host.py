@@ -75,7 +75,8 @@ class StageHost:
 
     def _exited(self, child: Child, status: int) -> None:
         if child in self._children:
-            logger.warning("stage process ended with status %d:\n%s", status, child.tail())
+            if status > 0:
+                logger.warning("the last lines of %s:\n%s", child.log, child.tail())
             self._ended = asyncio.create_task(self._give_up(_how(status)))
 
     async def _give_up(self, reason: str) -> None:

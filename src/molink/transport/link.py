@@ -1,6 +1,7 @@
 """A link: frames between two agents over one bidirectional gRPC stream.
 
-The gRPC service has two methods and no generated code: `Enroll` (see node.enrolment) and `Link`.
+The gRPC service has three methods and no generated code: `Enroll` (see node.enrolment), `Status`
+and `Link`.
 Every message of `Link` is one or more whole frames.
 """
 
@@ -18,6 +19,7 @@ from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Priority
 
 LINK_METHOD = "/molink.Agent/Link"
 ENROLL_METHOD = "/molink.Agent/Enroll"
+STATUS_METHOD = "/molink.Agent/Status"
 MAX_GRPC_MESSAGE = 2 * (MAX_PAYLOAD + HEADER_SIZE)
 
 KEEPALIVE_S = 2.0

@@ -9,7 +9,7 @@ import grpc.aio
 import msgspec
 
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
-from molink.core.ids import NodeId
+from molink.core.ids import HEAD, NodeId
 from molink.transport.credentials import (
     channel_credentials,
     diagnose,
@@ -17,7 +17,7 @@ from molink.transport.credentials import (
     peer_certificate,
 )
 from molink.transport.identity import NodeIdentity, PeerIdentity, peer_identity
-from molink.transport.link import CHANNEL_OPTIONS, ENROLL_METHOD, LINK_METHOD, Link
+from molink.transport.link import CHANNEL_OPTIONS, ENROLL_METHOD, LINK_METHOD, STATUS_METHOD, Link
 from molink.transport.token import JoinToken
 
 SERVICE = "molink.Agent"
@@ -45,6 +45,7 @@ class LinkServer:
         authority: of the cluster; peers whose certificate it did not issue may only enrol.
         accept: runs one link until it ends.
         enroll: None where nobody can enrol.
+        status: what any node of the cluster may read.
     """
 
     def __init__(
@@ -52,7 +53,9 @@ class LinkServer:
         authority: Callable[[], bytes],
         accept: AcceptHandler,
         enroll: EnrollHandler | None = None,
+        status: Callable[[], bytes] | None = None,
     ) -> None:
+        self._status = status
         self._authority = authority
         self._accept = accept
         self._enroll = enroll
@@ -65,9 +68,11 @@ class LinkServer:
             UsageError: the address is taken or not this machine's.
         """
         self._server = grpc.aio.server(options=STARTUP_OPTIONS)
-        handlers = {"Link": grpc.stream_stream_rpc_method_handler(self._link)}
+        handlers: dict[str, Any] = {"Link": grpc.stream_stream_rpc_method_handler(self._link)}
         if self._enroll is not None:
             handlers["Enroll"] = grpc.unary_unary_rpc_method_handler(self._enroll_call)
+        if self._status is not None:
+            handlers["Status"] = grpc.unary_unary_rpc_method_handler(self._status_call)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
@@ -85,13 +90,21 @@ class LinkServer:
         if self._server is not None:
             await self._server.stop(grace=0.2)
 
-    async def _link(self, _: Any, context: Any) -> None:
+    async def _identify(self, context: Any) -> PeerIdentity:
+        """Who calls; refuses everybody who is not a node of the cluster."""
         try:
-            leaf = peer_certificate(context.auth_context())
-            identity = peer_identity(leaf, self._authority())
+            return peer_identity(peer_certificate(context.auth_context()), self._authority())
         except IdentityError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-            return
+            raise
+
+    async def _status_call(self, _: bytes, context: Any) -> bytes:
+        await self._identify(context)
+        assert self._status is not None
+        return self._status()
+
+    async def _link(self, _: Any, context: Any) -> None:
+        identity = await self._identify(context)
         link = Link(identity.node, context)
         await self._accept(Accepted(link, identity, _host_of(context.peer())))
 
@@ -126,7 +139,7 @@ async def dial(address: str, identity: NodeIdentity, node: NodeId, timeout_s: fl
         LinkError: it cannot be reached in time or is somebody else; says why.
     """
     channel = await _connect(address, identity, node, timeout_s)
-    call = channel.stream_stream(LINK_METHOD)()
+    call: Any = channel.stream_stream(LINK_METHOD)()
     return Dialled(Link(node, call), channel)
 
 
@@ -136,9 +149,25 @@ async def enroll(address: str, token: JoinToken, request: bytes, timeout_s: floa
     Raises:
         LinkError: the head cannot be reached or refused; says why.
     """
-    channel = await _connect(address, token, NodeId(0), timeout_s)
+    return await _call(ENROLL_METHOD, address, token, request, timeout_s)
+
+
+async def fetch_status(address: str, identity: NodeIdentity, timeout_s: float) -> bytes:
+    """What the head at HOST:PORT says of its cluster (JSON).
+
+    Raises:
+        LinkError: the head cannot be reached or is another cluster's; says why.
+    """
+    return await _call(STATUS_METHOD, address, identity, b"", timeout_s)
+
+
+async def _call(
+    method: str, address: str, proof: JoinToken | NodeIdentity, request: bytes, timeout_s: float
+) -> bytes:
+    channel = await _connect(address, proof, HEAD, timeout_s)
     try:
-        reply: bytes = await channel.unary_unary(ENROLL_METHOD)(request, timeout=timeout_s)
+        call: Any = channel.unary_unary(method)
+        reply: bytes = await call(request, timeout=timeout_s)
         return reply
     except grpc.aio.AioRpcError as error:
         raise LinkError(f"the head refused: {error.details()}") from error

@@ -1,10 +1,11 @@
 """Putting messages together from frames, within a bound."""
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from molink.core.errors import WireError
 from molink.core.ids import Address
-from molink.wire.frames import FrameHeader, Kind
+from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind
 
 _Key = tuple[Address, int, Kind, int, int]
 
@@ -20,55 +21,92 @@ class Message(NamedTuple):
     payload: bytearray
 
 
+@dataclass(slots=True)
+class _Unfinished:
+    total: int  # bytes announced
+    filled: int = 0  # bytes received
+    data: bytearray = field(default_factory=bytearray)  # at most twice what was received
+
+
 class Assembler:
     """Receives frames piece by piece; a sender's pieces of one message arrive in order.
 
+    A message whose sender or link went away is never finished. It is forgotten when it begins
+    again, when one of its pieces turns out to be missing, or when a newer epoch begins; what still
+    arrives of it is skipped, because the receiver has done nothing wrong and lives on.
+
     Args:
-        max_bytes: bound on what unfinished messages may occupy together.
+        max_bytes: bound on the memory of unfinished messages together. Memory grows with what has
+            arrived, never with what a header announces.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._open: dict[_Key, tuple[bytearray, int]] = {}
+        self._open: dict[_Key, _Unfinished] = {}
         self._open_bytes = 0
+        self._epoch = 0
+        self.skipped = 0  # pieces of messages that lost an earlier piece
 
     def buffer(self, header: FrameHeader) -> memoryview:
-        """Where the piece's payload goes (`header.length` bytes); fill it, then `commit`.
+        """Where the piece's payload goes (`header.length` bytes); fill it, let go of it, `commit`.
 
         Raises:
-            WireError: the piece does not continue its message, or the bound would be passed.
+            WireError: the bound would be passed.
         """
         key = _key(header)
         if header.offset == 0:
-            if self._open_bytes + header.total > self._max_bytes:
-                raise WireError(f"unfinished messages would pass {self._max_bytes} bytes")
-            if key in self._open:
-                raise WireError(f"message {key} begins twice")
-            self._open[key] = (bytearray(header.total), 0)
-            self._open_bytes += header.total
-        data, filled = self._open.get(key, (bytearray(), -1))
-        if filled != header.offset or len(data) != header.total:
-            raise WireError(f"piece at {header.offset} of message {key} is out of order")
-        return memoryview(data)[header.offset : header.offset + header.length]
+            self._begin(key, header)
+        message = self._open.get(key)
+        if message is None or (message.filled, message.total) != (header.offset, header.total):
+            self._forget(key)
+            self.skipped += 1
+            return memoryview(bytearray(header.length))
+        end = header.offset + header.length
+        self._grow(message, end)
+        return memoryview(message.data)[header.offset : end]
 
     def commit(self, header: FrameHeader) -> Message | None:
         """The message, once its last piece has been filled."""
         key = _key(header)
-        data, filled = self._open[key]
-        filled += header.length
-        if filled < header.total:
-            self._open[key] = (data, filled)
+        message = self._open.get(key)
+        if message is None:  # a skipped piece
             return None
-        del self._open[key]
-        self._open_bytes -= header.total
+        message.filled += header.length
+        if message.filled < message.total:
+            return None
+        self._forget(key)
         source, rank, kind, epoch, sequence = key
-        return Message(kind, source, rank, epoch, sequence, data)
+        return Message(kind, source, rank, epoch, sequence, message.data)
 
-    def drop_before(self, epoch: int) -> None:
-        """Forget unfinished messages of older epochs."""
-        for key in [key for key in self._open if key[3] < epoch]:
-            data, _ = self._open.pop(key)
-            self._open_bytes -= len(data)
+    def _begin(self, key: _Key, header: FrameHeader) -> None:
+        if header.epoch > self._epoch:
+            self._epoch = header.epoch
+            for old in [old for old in self._open if 0 < old[3] < header.epoch]:
+                self._forget(old)
+        self._forget(key)
+        self._open[key] = _Unfinished(header.total)
+
+    def _grow(self, message: _Unfinished, end: int) -> None:
+        """Make room for `end` bytes; doubling keeps the cost of growing in proportion."""
+        size = len(message.data)
+        if end <= size:
+            return
+        more = min(message.total, max(end, 2 * size)) - size
+        if self._open_bytes + more > self._max_bytes:
+            raise WireError(f"unfinished messages would pass {self._max_bytes} bytes")
+        message.data += bytes(more)
+        self._open_bytes += more
+
+    def _forget(self, key: _Key) -> None:
+        message = self._open.pop(key, None)
+        if message is not None:
+            self._open_bytes -= len(message.data)
+
+    def check_conservation(self) -> None:
+        """Assert that the bytes counted are the bytes held, and that nothing is held for free."""
+        assert self._open_bytes == sum(len(message.data) for message in self._open.values())
+        for message in self._open.values():
+            assert MAX_PAYLOAD <= message.filled <= len(message.data) <= 2 * message.filled
 
 
 def _key(header: FrameHeader) -> _Key:

@@ -1,7 +1,10 @@
 """Frames: the unit of sending and of priority.
 
 A message is cut into frames by its sender and put together by its receiver; agents in between only
-read the header. Layout, little endian, HEADER_SIZE bytes, then `length` bytes of payload:
+read the header. There is one way to cut a message: every piece but the last holds MAX_PAYLOAD bytes,
+so a message that is still unfinished at its receiver has cost its sender at least that much.
+
+Layout, little endian, HEADER_SIZE bytes, then `length` bytes of payload:
 
     u8 version  u8 kind  u8 priority  u8 port of source  u8 port of destination  u8 rank  u16 source
     u16 destination  u16 -  u32 epoch  u64 sequence  u32 offset  u32 total  u32 length
@@ -87,7 +90,7 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
         """Read and check a header.
 
         Raises:
-            WireError: too short, another version, unknown kind, or a piece outside its message.
+            WireError: too short, another version, unknown kind, or a piece that `cut` never makes.
         """
         if len(data) < HEADER_SIZE:
             raise WireError(f"frame of {len(data)} bytes is shorter than its header")
@@ -109,7 +112,12 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
         ) = _HEADER.unpack_from(data)
         if version != PROTOCOL_VERSION:
             raise WireError(f"frame has protocol version {version}, expected {PROTOCOL_VERSION}")
-        if length > MAX_PAYLOAD or total > MAX_MESSAGE or offset + length > total:
+        if (
+            total > MAX_MESSAGE
+            or offset >= (total or 1)
+            or offset % MAX_PAYLOAD
+            or length != min(MAX_PAYLOAD, total - offset)
+        ):
             raise WireError(f"frame piece {offset}+{length} of {total} bytes is out of bounds")
         try:
             return cls(
@@ -139,9 +147,14 @@ def cut(
     sequence: int = 0,
     rank: int = 0,
 ) -> Iterator[tuple[bytes, list[memoryview]]]:
-    """Cut one message, given in `parts`, into (header, pieces of payload); no byte is copied.
+    """Cut one message into (header, pieces of payload); no byte is copied.
 
-    An empty message is one empty frame.
+    Args:
+        parts: contiguous views of single bytes; the message is what they hold one after the other.
+            An empty message is one empty frame.
+
+    Raises:
+        WireError: the message is larger than MAX_MESSAGE.
     """
     total = sum(part.nbytes for part in parts)
     if total > MAX_MESSAGE:
