@@ -1,9 +1,12 @@
 """A stage's vLLM configuration: the user's flags, the node's own flags, the head's values."""
 
+import os
 from typing import Any
 
+import psutil
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -67,10 +70,25 @@ def stage_config(
     args.tensor_parallel_size = tensor_parallel_size
     args.pipeline_parallel_size = len(load.partition)
     args.distributed_executor_backend = "mp"  # never started: the stage is driven by its agent
+    _bound_cpu_cache(args)
     _impose(args, load.resolved)
     config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     _check(load.resolved, resolve(config))
     return config
+
+
+def _bound_cpu_cache(args: AsyncEngineArgs) -> None:
+    """On a CPU, take an eighth of the free memory for KV unless the user has said how much.
+
+    vLLM would take nearly all of the machine's, and refuse to start beside a second stage.
+    """
+    has_said = (
+        args.kv_cache_memory_bytes is not None
+        or "VLLM_CPU_KVCACHE_SPACE" in os.environ
+        or args.gpu_memory_utilization != AsyncEngineArgs.gpu_memory_utilization
+    )
+    if current_platform.is_cpu() and not has_said:
+        args.kv_cache_memory_bytes = psutil.virtual_memory().available // 8
 
 
 def _parse(flags: list[str]) -> Any:

@@ -17,12 +17,14 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from molink.core.errors import StageError
+from molink.core.errors import MolinkError, StageError
 from molink.core.ids import NodeId
 from molink.engine import compat
 from molink.engine.config import resolve
 from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
+from molink.engine.grammar import pack_grammar
 from molink.engine.lost import LostStep
+from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
 from molink.wire.frames import Priority
@@ -61,7 +63,12 @@ class PipelineExecutor(Executor):
             repaired=self._repair,
             agent_lost=lambda: os._exit(1),
         )
-        self._load(range(len(self._session.pipeline.stages)))
+        try:
+            refuse_unsupported(self.vllm_config)
+            self._load(range(len(self._session.pipeline.stages)))
+        except MolinkError as error:
+            self._session.report_failure(str(error))
+            raise
         threading.Thread(target=self._report, name="engine-state", daemon=True).start()
 
     def _report(self) -> None:
@@ -113,7 +120,7 @@ class PipelineExecutor(Executor):
         sequence, future, sample_now = self._step
         self._step = None
         if not sample_now:
-            self._session.sample(sequence, self._codec.encode(grammar_output))
+            self._session.sample(sequence, pack_grammar(self._codec.encode(grammar_output)))
         return _answer(future, non_block)
 
     def _start(self, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None) -> int:

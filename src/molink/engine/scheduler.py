@@ -6,41 +6,58 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
+from molink.core.errors import WireError
 from molink.engine.lost import LostStep
+from molink.engine.types import build_codec
 
 
 class PipelineScheduler(Scheduler):
     """While the pipeline is down, every request ends with an error instead of the engine."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._codec = build_codec()
+        self._refused: list[Request] = []
+
+    def add_request(self, request: Request) -> None:
+        """Take a request, or end it at once if its parameters cannot cross the wire.
+
+        Clients choose some of them freely (`kv_transfer_params`), and an error while a step is
+        encoded would end the engine.
+        """
+        super().add_request(request)
+        try:
+            # As deep as a step holds them: the codec bounds nesting.
+            self._codec.encode([[[[[request.sampling_params, request.pooling_params]]]]])
+        except WireError:
+            self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        ended, self._refused = self._refused, []
         if isinstance(model_runner_output, LostStep):
-            return self._fail_all()
+            ended += self.finish_requests(None, RequestStatus.FINISHED_ERROR)
+            # The KV cache of a lost stage is gone, so cached prefixes are too.
+            self.reset_prefix_cache()
+            scheduler_output = SchedulerOutput.make_empty()
+            model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )
+        for request in ended:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(_error_output(request))
         return outputs
 
-    def _fail_all(self) -> dict[int, EngineCoreOutputs]:
-        """End every request; the KV cache of a lost stage is gone, so cached prefixes go too."""
-        failed: dict[int, list[Any]] = {}
-        for request in self.finish_requests(None, RequestStatus.FINISHED_ERROR):
-            failed.setdefault(request.client_index, []).append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=request.get_finished_reason(),
-                    events=request.take_events(),
-                    trace_headers=request.trace_headers,
-                )
-            )
-        self.reset_prefix_cache()
-        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
-            SchedulerOutput.make_empty(), EMPTY_MODEL_RUNNER_OUTPUT
-        )
-        for client, ended in failed.items():
-            outputs.setdefault(client, EngineCoreOutputs()).outputs.extend(ended)
-        return outputs
+
+def _error_output(request: Request) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=request.get_finished_reason(),
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
+    )

@@ -137,7 +137,11 @@ class EngineSession:
         for kind in (Kind.RESULT, Kind.REPLY):
             future = self._take((kind, message.sequence, message.source.node, message.rank))
             if future is not None:
-                future.set_exception(StageError(text))
+                stage = self._name_of(message.source.node)
+                future.set_exception(StageError(f"{stage}: {text}"))
+
+    def _name_of(self, node: NodeId) -> str:
+        return next(stage.name for stage in self.pipeline.stages if stage.node == node)
 
     def _take(self, key: _Key) -> Future[Any] | None:
         with self._lock:
@@ -168,6 +172,10 @@ class EngineSession:
             steps = sum(kind == Kind.RESULT for kind, *_ in self._waiting)
         state = to_agent.EngineState(self.pipeline.epoch, error, steps)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
+
+    def report_failure(self, reason: str) -> None:
+        """Tell the agent why the engine is about to end."""
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.EngineFailed(reason))])
 
     def close(self) -> None:
         self._socket.close()

@@ -16,6 +16,7 @@ import torch
 from molink.core.errors import MolinkError, StageError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, unpack
+from molink.engine.grammar import unpack_grammar
 from molink.engine.worker import StageOptions, StageWorker
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent
@@ -135,7 +136,8 @@ class StageLoop:
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:
             return None
-        return self._codec.decode(self._inbox.part(Kind.SAMPLE, sequence).payload)
+        payload = self._inbox.part(Kind.SAMPLE, sequence).payload
+        return self._codec.decode(unpack_grammar(payload))
 
     def _emit(self, sequence: int, parts: Parts) -> None:
         """Hand a step's output to the agent for the next stage; rank 0 has whole tensors."""

@@ -47,7 +47,7 @@ class StageWorker:
         self.group = StageGroup(
             index, len(load.partition), sender_for(current_platform.device_type, emit)
         )
-        self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=0)
+        self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=options.rank)
         self._worker.init_worker([self._arguments(config, options)])
         compat.place_stage(config, self.layers, index)
         with compat.stage_alone(config, self.group):

@@ -35,6 +35,7 @@ from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
     Attach,
     Dial,
+    EngineFailed,
     EngineState,
     Notice,
     Ping,
@@ -98,6 +99,7 @@ class HeadAgent(Agent):
         self._is_down = False  # and the engine knows
         self._serving = False
         self._http_up = False
+        self._engine_failure = ""  # its own words, if it had time for them
         self._held: dict[NodeId, HeldModel] = {}
         self._remote_hosts: dict[NodeId, str] = {}
         self._steps_in_flight = 0
@@ -252,6 +254,8 @@ class HeadAgent(Agent):
                     self.send_control(HEAD, header.source.port, to_engine.encode(self._assigned))
             case StageUp() if header.rank == 0:
                 self._stage_up(HEAD, message)
+            case EngineFailed(reason=reason):
+                self._engine_failure = reason
             case EngineState():
                 self._engine_state(header.source.port, message)
             case _:
@@ -392,12 +396,13 @@ class HeadAgent(Agent):
     def _engine_gone(self, reason: str) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
         if self._http_up or not self._coordinator.state.is_down:
-            self._fail(UsageError(reason))
-            return
-        self._start(self._restart_engine())
+            self._fail(UsageError(self._engine_failure or reason))
+        else:
+            self._start(self._restart_engine())
 
     async def _restart_engine(self) -> None:
         pipeline, self._pipeline, self._assigned = self._pipeline, None, None
+        self._engine_failure = ""
         self._is_down = False
         for node in pipeline.nodes if pipeline else ():
             if node in self._unloaded or not self._coordinator.state.node(node).is_connected:

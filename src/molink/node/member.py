@@ -175,8 +175,6 @@ class MemberAgent(Agent):
             self._failed_starts = 0
             self._stage_up = message
             self._tell_ready()
-        elif isinstance(message, to_agent.StageFailed):
-            self._say(f"the stage failed: {message.reason}")
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         if node != HEAD:

@@ -36,25 +36,29 @@ class Switch:
         return self.forward(header, frame)
 
     def from_link(self, link: Link, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:
-        """Handle a frame of another node. Only the head may relay for others.
+        """Handle a frame of another node. Only the head may relay, and speak to every stage.
 
         Raises:
-            WireError: the frame claims to come from a node it does not come from.
+            WireError: the frame claims to come from a node it does not come from, or is not for us.
         """
-        if header.source.node != link.peer and link.peer != HEAD:
-            raise WireError(f"node {link.peer} sent a frame in the name of {header.source.node}")
-        if header.destination.node == EVERY_STAGE:  # the head has already made the copies
+        source, destination = header.source.node, header.destination.node
+        if source != link.peer and link.peer != HEAD:
+            raise WireError(f"node {link.peer} sent a frame in the name of {source}")
+        if destination == EVERY_STAGE and link.peer == HEAD:  # it has already made the copies
             self._deliver(header, frame)
             return None
-        return self.forward(header, frame)
+        if destination == EVERY_STAGE or HEAD != self.node != destination:
+            raise WireError(f"node {link.peer} sent a frame for {header.destination}")
+        return self._to_node(destination, header, frame)
 
     def forward(self, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:
         """Send a frame on; an awaitable asks the source to wait for room."""
         destination = header.destination
         if destination.node == EVERY_STAGE:
+            if not self.stage_nodes:
+                self.dropped["no stage"] += 1
             waits = [self._to_node(node, header, frame) for node in self.stage_nodes]
-            waiting = [wait for wait in waits if wait is not None]
-            return asyncio.gather(*waiting) if waiting else None
+            return _all(wait for wait in waits if wait is not None)
         return self._to_node(destination.node, header, frame)
 
     def _to_node(
@@ -71,8 +75,10 @@ class Switch:
 
     def _deliver(self, header: FrameHeader, frame: bytes) -> None:
         if header.destination.port == Port.AGENT:
-            if header.kind == Kind.CONTROL:
+            if header.kind == Kind.CONTROL and header.length == header.total:
                 self._control(header, frame[HEADER_SIZE:])
+            else:
+                self.dropped["not for an agent"] += 1
             return
         peers = self.local.get(header.destination.port)
         if not peers:
@@ -84,4 +90,6 @@ class Switch:
     def forget(self, peer: LocalPeer) -> None:
         """Remove a local process that is gone."""
         if peer.port is not None:
-            self.local.get(peer.port, {}).pop(peer.rank, None)
+            peers = self.local.get(peer.port, {})
+            if peers.get(peer.rank) is peer:  # otherwise its successor is here already
+                del peers[peer.rank]

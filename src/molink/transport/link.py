@@ -51,6 +51,7 @@ class Link:
         self.bytes_received = 0
         self.rtt_s: float | None = None  # seconds, latest probe
         self._stream = stream
+        self._closed = asyncio.Event()
 
     def send(self, frame: bytes, priority: Priority) -> asyncio.Future[None] | None:
         """Queue one frame; wait for a returned future before sending more."""
@@ -63,19 +64,38 @@ class Link:
             LinkError: the connection broke.
             WireError: the peer broke the protocol.
         """
+        receiving = asyncio.create_task(self._receive_all(handle))
+        sending = asyncio.create_task(self._send_all())
+        closing = asyncio.create_task(self._closed.wait())
+        tasks = (receiving, sending, closing)
         try:
-            async with asyncio.TaskGroup() as group:
-                sending = group.create_task(self._send_all())
-                await self._receive_all(handle)
-                sending.cancel()
-        except* grpc.aio.AioRpcError as errors:
-            raise _first_link_error(errors) from errors
-        except* (grpc.aio.UsageError, grpc.aio.BaseError) as errors:
-            raise LinkError(f"link to node {self.peer} broke: {errors.exceptions[0]}") from errors
-        except* WireError as errors:
-            raise errors.exceptions[0] from errors
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if closing.done():
+                raise LinkError(f"link to node {self.peer} was closed")
+            for task in (receiving, sending):
+                if task.done():
+                    self._settle(task)
         finally:
-            self.queue.release()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.queue.close()
+
+    def close(self) -> None:
+        """End `run` with a LinkError, from the outside."""
+        self._closed.set()
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """Translate what gRPC raises into a LinkError."""
+        if task.cancelled():  # by gRPC, whose channel was closed under it
+            raise LinkError(f"link to node {self.peer} was closed")
+        try:
+            task.result()
+        except grpc.aio.AioRpcError as error:
+            reason = f"{error.code().name.lower()}: {error.details()}"
+            raise LinkError(f"link to node {self.peer} broke: {reason}") from error
+        except (grpc.aio.BaseError, asyncio.InvalidStateError) as error:
+            raise LinkError(f"link to node {self.peer} broke: {error}") from error
 
     async def _send_all(self) -> None:
         while True:
@@ -107,10 +127,3 @@ def split(data: bytes) -> Iterator[tuple[FrameHeader, bytes]]:
             raise WireError("a frame is cut off")
         yield header, data if end - offset == len(data) else data[offset:end]
         offset = end
-
-
-def _first_link_error(errors: BaseExceptionGroup[Any]) -> LinkError:
-    error = errors.exceptions[0]
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return LinkError(f"link broke: {error.code().name.lower()}: {error.details()}")

@@ -5,10 +5,12 @@ leaves the rest to a thread, so that a stage computes its next step while its ou
 end of file means that the agent is gone.
 """
 
+import contextlib
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from molink.core.errors import LinkError
@@ -22,7 +24,11 @@ _MAX_PIECES = 64  # buffers of one system call
 
 
 class LocalSocket:
-    """One process's connection to its agent. One thread receives; any thread may send."""
+    """One process's connection to its agent. One thread receives; any thread may send.
+
+    Raises:
+        LinkError: no agent listens at `path`.
+    """
 
     def __init__(self, path: Path, address: Address, rank: int = 0) -> None:
         self.address = address
@@ -30,7 +36,11 @@ class LocalSocket:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise LinkError(f"no local agent at {path}: {error}") from error
         self._assembler = Assembler(MAX_UNFINISHED)
         self._header = bytearray(HEADER_SIZE)
         self._outbox = _Outbox(self._socket)
@@ -47,7 +57,8 @@ class LocalSocket:
     ) -> None:
         """Send one message made of `parts`; returns before it has left.
 
-        The caller leaves the parts' memory unchanged; the socket keeps it alive.
+        The caller leaves the parts' memory unchanged; the socket keeps it alive. When the agent is
+        gone nothing leaves any more; `receive` says so.
         """
         pieces: list[memoryview] = []
         for header, piece in cut(
@@ -90,6 +101,9 @@ class LocalSocket:
             view = view[count:]
 
     def close(self) -> None:
+        """Wake a blocked `receive`, which raises LinkError; what has not left yet is dropped."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._outbox.close()
         self._socket.close()
 
@@ -107,9 +121,9 @@ class _Outbox:
 
     def send(self, pieces: list[memoryview]) -> None:
         with self._changed:
-            if not self._pending:
+            if not self._pending and not self._closed:
                 pieces = self._try_send(pieces)
-            if pieces:
+            if pieces and not self._closed:
                 self._pending.extend(pieces)
                 self._changed.notify()
 
@@ -129,12 +143,13 @@ class _Outbox:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending or self._closed)
                 if self._closed:
+                    self._pending.clear()
                     return
-                batch = [self._pending[i] for i in range(min(len(self._pending), _MAX_PIECES))]
+                batch = list(islice(self._pending, _MAX_PIECES))
             try:
                 rest = _after(batch, self._socket.sendmsg(batch))
             except OSError:
-                return
+                rest, self._closed = batch, True
             with self._changed:
                 for _ in batch:
                     self._pending.popleft()
@@ -144,6 +159,7 @@ class _Outbox:
         with self._changed:
             self._closed = True
             self._changed.notify()
+        self._thread.join()
 
 
 def _after(pieces: list[memoryview], count: int) -> list[memoryview]:

@@ -14,7 +14,7 @@ LostHandler = Callable[["LocalPeer"], None]
 
 
 class LocalPeer(asyncio.BufferedProtocol):
-    """A local process. Its first frame says its port and rank; the header is read, then the payload.
+    """A local process, whose first frame says its port and rank for good.
 
     Args:
         handle: called with every frame; may return an awaitable, until which reading pauses.
@@ -58,7 +58,10 @@ class LocalPeer(asyncio.BufferedProtocol):
                 return
         header, data = self._header, bytes(self._buffer)
         self._header, self._buffer, self._filled = None, bytearray(HEADER_SIZE), 0
-        self.port, self.rank = header.source.port, header.rank
+        if self.port is None:
+            self.port, self.rank = header.source.port, header.rank
+        elif (self.port, self.rank) != (header.source.port, header.rank):
+            raise WireError(f"{self.port.name} {self.rank} speaks for {header.source}")
         waiting = self._handle(self, header, data)
         if waiting is not None:
             self._transport.pause_reading()

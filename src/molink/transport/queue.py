@@ -16,13 +16,19 @@ class FrameQueue:
         self._high_water = high_water
         self._filled = asyncio.Event()
         self._room: list[asyncio.Future[None]] = []
+        self._is_closed = False
         self.waiting_bytes = 0
 
     def __len__(self) -> int:
         return sum(map(len, self._classes))
 
     def put(self, frame: bytes, priority: Priority) -> asyncio.Future[None] | None:
-        """Add a frame. A returned future is done when there is room again; wait for it."""
+        """Add a frame. A returned future is done when there is room again; wait for it.
+
+        A closed queue drops the frame.
+        """
+        if self._is_closed:
+            return None
         self._classes[priority].append(frame)
         self.waiting_bytes += len(frame)
         self._filled.set()
@@ -50,11 +56,25 @@ class FrameQueue:
             self._filled.clear()
         self.waiting_bytes -= size
         if self._room and self.waiting_bytes <= self._high_water // 2:
-            self.release()
+            self._release()
         return batch[0] if len(batch) == 1 else b"".join(batch)
 
-    def release(self) -> None:
-        """Let every waiting source go on."""
+    def close(self) -> None:
+        """The link has ended: drop what waits and let every waiting source go on."""
+        self._is_closed = True
+        for waiting in self._classes:
+            waiting.clear()
+        self.waiting_bytes = 0
+        self._filled.clear()
+        self._release()
+
+    def check_conservation(self) -> None:
+        """Assert that the bytes counted are the bytes held, and that nobody waits for nothing."""
+        assert self.waiting_bytes == sum(len(frame) for q in self._classes for frame in q)
+        assert self._filled.is_set() == (len(self) > 0)
+        assert not self._room or self.waiting_bytes > self._high_water // 2
+
+    def _release(self) -> None:
         for room in self._room:
             if not room.done():
                 room.set_result(None)

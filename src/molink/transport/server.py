@@ -43,7 +43,7 @@ class LinkServer:
 
     Args:
         authority: of the cluster; peers whose certificate it did not issue may only enrol.
-        accept: runs one link until it ends.
+        accept: runs one link until it ends; never cancelled, its link ends with LinkError instead.
         enroll: None where nobody can enrol.
         status: what any node of the cluster may read.
     """
@@ -106,7 +106,14 @@ class LinkServer:
     async def _link(self, _: Any, context: Any) -> None:
         identity = await self._identify(context)
         link = Link(identity.node, context)
-        await self._accept(Accepted(link, identity, _host_of(context.peer())))
+        accepted = Accepted(link, identity, _host_of(context.peer()))
+        accepting = asyncio.ensure_future(self._accept(accepted))
+        try:
+            await asyncio.shield(accepting)
+        except asyncio.CancelledError:  # gRPC's way to say that the peer, or this server, is gone
+            link.close()
+            await accepting
+            raise
 
     async def _enroll_call(self, request: bytes, context: Any) -> bytes:
         assert self._enroll is not None

@@ -62,7 +62,7 @@ class Assembler:
             self.skipped += 1
             return memoryview(bytearray(header.length))
         end = header.offset + header.length
-        self._grow(message, end)
+        self._grow(key, message, end)
         return memoryview(message.data)[header.offset : end]
 
     def commit(self, header: FrameHeader) -> Message | None:
@@ -86,13 +86,14 @@ class Assembler:
         self._forget(key)
         self._open[key] = _Unfinished(header.total)
 
-    def _grow(self, message: _Unfinished, end: int) -> None:
+    def _grow(self, key: _Key, message: _Unfinished, end: int) -> None:
         """Make room for `end` bytes; doubling keeps the cost of growing in proportion."""
         size = len(message.data)
         if end <= size:
             return
         more = min(message.total, max(end, 2 * size)) - size
         if self._open_bytes + more > self._max_bytes:
+            self._forget(key)
             raise WireError(f"unfinished messages would pass {self._max_bytes} bytes")
         message.data += bytes(more)
         self._open_bytes += more
@@ -103,7 +104,7 @@ class Assembler:
             self._open_bytes -= len(message.data)
 
     def check_conservation(self) -> None:
-        """Assert that the bytes counted are the bytes held, and that nothing is held for free."""
+        """Assert, between two frames, that what is counted is held and has all been paid for."""
         assert self._open_bytes == sum(len(message.data) for message in self._open.values())
         for message in self._open.values():
             assert MAX_PAYLOAD <= message.filled <= len(message.data) <= 2 * message.filled

@@ -27,12 +27,6 @@ class StageCounters(msgspec.Struct, tag=True):
     waiting_s: float = 0.0  # for input or for work
 
 
-class StageFailed(msgspec.Struct, frozen=True, tag=True):
-    """A stage process is about to end, and why."""
-
-    reason: str
-
-
 class EngineState(msgspec.Struct, frozen=True, tag=True):
     """The engine serves (`error` is None) or could not repair its pipeline."""
 
@@ -41,8 +35,10 @@ class EngineState(msgspec.Struct, frozen=True, tag=True):
     steps_in_flight: int = 0
 
 
-class GetCluster(msgspec.Struct, frozen=True, tag=True):
-    """Asked by the gateway; answered by `wire.to_engine.ClusterView`."""
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine is about to end, and why."""
+
+    reason: str
 
 
 # From the head
@@ -110,9 +106,8 @@ ToAgent = (
     Attach
     | StageUp
     | StageCounters
-    | StageFailed
     | EngineState
-    | GetCluster
+    | EngineFailed
     | Welcome
     | Refused
     | Notice

@@ -35,7 +35,7 @@ class PipelineRepaired(msgspec.Struct, frozen=True, tag=True):
 
 
 class ClusterView(msgspec.Struct, frozen=True, tag=True):
-    """Answer to `wire.to_agent.GetCluster`."""
+    """What the cluster looks like; sent to the gateway every second."""
 
     view: bytes  # JSON, as `/cluster` serves it
 

@@ -1,0 +1,146 @@
+"""The client: sends token prompts to an OpenAI server all at once and notes when tokens come."""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import dataclass
+
+import httpx
+
+TIMEOUT_S = 240.0
+EVENT = b"data: {"
+USAGE = b'"usage":{'
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """`num_requests` prompts of random tokens, greedy, all sent at once."""
+
+    num_requests: int = 32
+    prompt_tokens: int = 128
+    output_tokens: int = 64
+
+    def prompts(self, vocab_size: int, seed: int) -> list[list[int]]:
+        """Token ids; the lowest ids are left out, where models keep their special tokens."""
+        numbers = random.Random(seed)
+        return [
+            [numbers.randrange(16, vocab_size) for _ in range(self.prompt_tokens)]
+            for _ in range(self.num_requests)
+        ]
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that go through the layers; the last one sampled never does."""
+        return self.num_requests * (self.prompt_tokens + self.output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request: when it was sent, when each piece of its answer came, and its tokens."""
+
+    sent_at: float  # seconds, clock of the client
+    arrivals: list[float]
+    output_tokens: int
+
+    @property
+    def ttft_s(self) -> float:
+        return self.arrivals[0] - self.sent_at
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds between tokens after the first."""
+        return (self.arrivals[-1] - self.arrivals[0]) / max(self.output_tokens - 1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """All answers of one run of a workload."""
+
+    seconds: float  # from the first request sent to the last token
+    answers: list[Answer]
+
+    @property
+    def output_tokens(self) -> int:
+        return sum(answer.output_tokens for answer in self.answers)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def tpot_s(self) -> float:
+        return statistics.median(answer.tpot_s for answer in self.answers)
+
+    def ttft_s(self, share: float) -> float:
+        """The quantile `share` of the seconds to the first token, by nearest rank."""
+        times = sorted(answer.ttft_s for answer in self.answers)
+        return times[min(int(share * len(times)), len(times) - 1)]
+
+    @property
+    def prefilled_at(self) -> float:
+        """When the last of the first tokens came."""
+        return max(answer.arrivals[0] for answer in self.answers)
+
+    def decode_step_s(self) -> float:
+        """Seconds of one round of decoding, once every prompt is computed."""
+        steps = [
+            (answer.arrivals[-1] - later[0]) / (len(later) - 1)
+            for answer in self.answers
+            if len(later := [time for time in answer.arrivals if time >= self.prefilled_at]) > 1
+        ]
+        return statistics.median(steps)
+
+
+async def run_round(
+    url: str, model: str, prompts: list[list[int]], output_tokens: int, concurrency: int = 0
+) -> Round:
+    """Send all prompts; `concurrency` bounds how many at once (0: all).
+
+    Raises:
+        httpx.HTTPError: a request failed.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
+        allowed = asyncio.Semaphore(concurrency or len(prompts))
+
+        async def one(prompt: list[int]) -> Answer:
+            async with allowed:
+                return await _complete(client, model, prompt, output_tokens)
+
+        started = time.perf_counter()
+        answers = await asyncio.gather(*map(one, prompts))
+    return Round(max(answer.arrivals[-1] for answer in answers) - started, answers)
+
+
+async def _complete(
+    client: httpx.AsyncClient, model: str, prompt: list[int], output_tokens: int
+) -> Answer:
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    sent_at = time.perf_counter()
+    arrivals: list[float] = []
+    rest = b""
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != httpx.codes.OK:
+            raise httpx.HTTPError(f"{response.status_code}: {(await response.aread())[:400]!r}")
+        usage = None
+        async for data in response.aiter_raw():
+            now = time.perf_counter()
+            *events, rest = (rest + data).split(b"\n\n")
+            for event in events:
+                if USAGE in event:
+                    usage = json.loads(event[len("data: ") :])["usage"]
+                elif event.startswith(EVENT):
+                    arrivals.append(now)
+    if usage is None or not arrivals:
+        raise httpx.HTTPError(f"the stream ended early: {rest[:400]!r}")
+    return Answer(sent_at, arrivals, usage["completion_tokens"])

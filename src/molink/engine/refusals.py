@@ -1,0 +1,27 @@
+"""What vLLM 0.32.0 can do on one machine and not over stages: refused at start, by name."""
+
+from vllm.config import VllmConfig
+
+from molink.core.errors import UsageError
+
+
+def refuse_unsupported(config: VllmConfig) -> None:
+    """Raises UsageError that names the first feature that cannot work over stages."""
+    parallel, model = config.parallel_config, config.model_config
+    features = {
+        "speculative decoding": config.speculative_config is not None,
+        "watermarking (it needs model runner V2)": config.watermark_config is not None,
+        "HiSparse (it needs model runner V2)": config.attention_config.hisparse_config is not None,
+        "a diffusion model": model.is_diffusion,
+        "an encoder-decoder model": model.is_encoder_decoder,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "decode context parallelism": parallel.decode_context_parallel_size > 1,
+        "data parallelism inside one engine": parallel.data_parallel_size > 1,
+        "a KV connector": config.kv_transfer_config is not None,
+        "an encoder-cache connector": config.ec_transfer_config is not None,
+        "model runner V2": config.use_v2_model_runner,
+        "async scheduling": bool(config.scheduler_config.async_scheduling),
+    }
+    for feature, is_wanted in features.items():
+        if is_wanted:
+            raise UsageError(f"{feature} does not work over stages; leave it out, or use one node")
