@@ -15,12 +15,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import httpx
 import psutil
-
 from models import Subject
 
 ENGINE_FLAGS = (
@@ -174,7 +174,10 @@ class Vllm(Contestant):
         environment = {}
         if self._stages > 1:
             flags += [f"--pipeline-parallel-size={self._stages}"]
-            flags += ["--distributed-executor-backend=mp", "--worker-cls=mended_worker.MendedWorker"]
+            flags += [
+                "--distributed-executor-backend=mp",
+                "--worker-cls=mended_worker.MendedWorker",
+            ]
             environment["PYTHONPATH"] = str(Path(__file__).parent)
         self.spawn((*VLLM, *flags), **environment)
 
@@ -220,7 +223,7 @@ class Molink(Contestant):
 def split_evenly(num_layers: int, stages: int) -> list[str]:
     """Layer ranges as the command line takes them; earlier stages get what is left over."""
     bounds = [-(-num_layers * index // stages) for index in range(stages + 1)]
-    return [f"{start}:{end}" for start, end in zip(bounds, bounds[1:], strict=False)]
+    return [f"{start}:{end}" for start, end in pairwise(bounds)]
 
 
 def free_port() -> int:
@@ -236,7 +239,9 @@ def _role(process: psutil.Process, index: int) -> str:
         command = " ".join(process.cmdline())
     except psutil.Error:
         return "other"
-    if found := re.search(r"molink\.entrypoints\.stage .*--node=(\d+)|VLLM::Worker_PP(\d+)", command):
+    if found := re.search(
+        r"molink\.entrypoints\.stage .*--node=(\d+)|VLLM::Worker_PP(\d+)", command
+    ):
         return f"stage {found[1] or found[2]}"
     if "VLLM::EngineCore" in command:
         return "engine core"

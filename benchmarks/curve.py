@@ -1,6 +1,6 @@
 """The stage curve, and the best that a pipeline of such stages could do.
 
-A stage is stood in for by one vLLM process of a model with half the layers, on one core. It includes
+A stage is stood in for by a vLLM process of a model with half the layers, on one core. It includes
 what a stage of two has (six layers) and more than either has: embedding, head, sampling, scheduling
 and a step's fixed cost. So the true curve lies a little below, and a pipeline may come out above
 its bound. It is measured twice: alone, and while a second such process does the same on the other
@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 import uvloop
-
 from contestants import Contestant, Vllm
 from measure import Say, ask, ask_both, serving
 from models import Subject

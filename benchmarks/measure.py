@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import uvloop
-
 from contestants import Contestant
 from models import Subject
 from workload import Round, Workload, run_round

@@ -13,71 +13,130 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 import report
 from contestants import Contestant, Molink, MolinkAlone, ServerError, Vllm
 from curve import measure_curve
-from measure import Say, alternate, serving
+from measure import Sample, Say, alternate, serving
 from models import BUNDLED, HALF, RANDOM, Subject, existing, random_model
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from soak import soak
 from workload import Workload
 
-ONE, VLLM_TWO, OURS_TWO = "one process", "vLLM's pipeline, 2", "MoLink, 2 stages"
-console = Console()
+ONE, VLLM_TWO, OURS_ALONE = "one process", "vLLM's pipeline, 2", "molink serve"
+MEMORY_MARKS = (2_000, 10_000)  # requests
+MEMORY_LIMIT_S = 600.0
+
+
+class Benchmark:
+    """One run. `results` is complete for whatever has been measured so far."""
+
+    def __init__(self, options: argparse.Namespace, console: Console, say: Say) -> None:
+        self._options = options
+        self._console = console
+        self._say = say
+        self._workload = Workload(output_tokens=16) if options.quick else Workload()
+        self._rounds = options.rounds or (2 if options.quick else 5)
+        self.results: dict[str, Any] = {}
+
+    def run(self) -> None:
+        subjects = self._subjects()
+        if self._options.memory:
+            self._memory(subjects[-1])
+            return
+        for subject in subjects:
+            if self._options.plain:
+                alone = [Vllm(ONE, subject), MolinkAlone(OURS_ALONE, subject)]
+                self._compare(subject, alone, [(OURS_ALONE, ONE)])
+            else:
+                self._pipelines(subject)
+
+    def _subjects(self) -> list[Subject]:
+        if self._options.model:
+            return [existing(path) for path in self._options.model]
+        self._say("making the models")
+        bundled = [existing(BUNDLED)] if (BUNDLED / "config.json").exists() else []
+        return [random_model(RANDOM), *bundled]
+
+    def _pipelines(self, subject: Subject) -> None:
+        ours = [Molink(_ours(stages), subject, stages) for stages in self._options.stages]
+        pairs = [(each.name, theirs) for each in ours for theirs in (VLLM_TWO, ONE)]
+        contestants = [Vllm(ONE, subject), Vllm(VLLM_TWO, subject, stages=2), *ours]
+        samples = self._compare(subject, contestants, [*pairs, (VLLM_TWO, ONE)])
+        if subject.name == RANDOM.name and 2 in self._options.stages:
+            self._bounds(samples)
+
+    def _compare(
+        self, subject: Subject, contestants: list[Contestant], pairs: list[tuple[str, str]]
+    ) -> dict[str, list[Sample]]:
+        with serving(contestants, self._workload, self._say):
+            samples = alternate(contestants, subject, self._workload, self._rounds, self._say)
+        ratios = report.shares(samples, pairs)
+        self.results[subject.name] = {**report.as_json(samples), "ratios": ratios}
+        self._console.print(report.figures_table(subject.name, samples))
+        self._console.print(report.shares_table(ratios))
+        return samples
+
+    def _bounds(self, samples: dict[str, list[Sample]]) -> None:
+        rounds = 1 if self._options.quick else 3
+        curve = measure_curve(random_model(HALF), self._workload, rounds, self._say)
+        one = median(sample.tokens_per_s for sample in samples[ONE])
+        bounds = report.bounds(curve, self._workload, samples[_ours(2)], one)
+        self.results["stage curve"] = report.curve_json(curve)
+        self.results["bounds of two stages"] = bounds
+        self._console.print(report.curve_table(curve))
+        self._console.print(report.values_table("bounds of two stages", bounds))
+
+    def _memory(self, subject: Subject) -> None:
+        self.results["memory"] = soak(subject, MEMORY_MARKS, MEMORY_LIMIT_S, self._say)
+        for title, values in self.results["memory"].items():
+            self._console.print(report.values_table(title, values))
+
+
+def _ours(stages: int) -> str:
+    return f"MoLink, {stages} stages"
 
 
 def main() -> None:
     options = _parser().parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    results: dict[str, Any] = {}
+    console = Console()
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("")
-            _run(options, results, lambda text: progress.update(task, description=text))
-    except KeyboardInterrupt:
-        console.print("stopped")
-        sys.exit(130)
-    except ServerError as error:
-        console.print(str(error), markup=False)
-        sys.exit(1)
-    finally:
-        if options.json and results:
-            options.json.write_text(json.dumps(results, indent=2))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        bench = Benchmark(options, console, lambda text: progress.update(task, description=text))
+        status = 0
+        try:
+            bench.run()
+        except KeyboardInterrupt:
+            status = 130
+        except ServerError as error:
+            console.print(str(error), markup=False)
+            status = 1
+    if options.json and bench.results:
+        options.json.write_text(json.dumps(bench.results, indent=2))
+    sys.exit(status)
 
 
-def _run(options: argparse.Namespace, results: dict[str, Any], say: Say) -> None:
-    workload = Workload(output_tokens=16) if options.quick else Workload()
-    rounds = options.rounds or (2 if options.quick else 5)
-    subjects = [existing(path) for path in options.model] or _subjects(options)
-    if options.memory:
-        results["memory"] = soak(subjects[-1], options.requests, say)
-        for title, values in results["memory"].items():
-            console.print(report.values_table(title, values))
-        return
-    for subject in subjects:
-        if options.plain:
-            contestants: list[Contestant] = [Vllm(ONE, subject), MolinkAlone("molink serve", subject)]
-            pairs = [("molink serve", ONE)]
-        else:
-            contestants, pairs = _contestants(subject, options.stages)
-        found = _compare(subject, contestants, pairs, workload, rounds, say)
-        results[subject.name] = found
-        if subject.path == random_model(RANDOM).path and not options.plain and OURS_TWO in found:
-            results["stage curve"] = _bound(found, workload, 1 if options.quick else 3, say)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="2 short rounds: does it run?")
+    parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 5)")
+    parser.add_argument("--stages", type=int, nargs="*", default=[2, 3], help="of ours")
+    parser.add_argument("--model", type=Path, action="append", help="a folder, instead of both")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--plain", action="store_true", help="one node against vLLM's own server")
+    mode.add_argument("--memory", action="store_true", help="memory under many short requests")
+    return parser
 
 
-def _contestants(
-    subject: Subject, stages: Sequence[int]
-) -> tuple[list[Contestant], list[tuple[str, str]]]:
-    ours = [Molink(f"MoLink, {number} stages", subject, number) for number in stages]
-    contestants = [Vllm(ONE, subject), Vllm(VLLM_TWO, subject, stages=2), *ours]
-    pairs = [(each.name, theirs) for each in ours for theirs in (VLLM_TWO, ONE)]
-    return contestants, [*pairs, (VLLM_TWO, ONE)]
+if __name__ == "__main__":
+    main()

@@ -5,10 +5,9 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from rich.table import Table
-
 from curve import Curve, bound
 from measure import Sample, medians, ratios
+from rich.table import Table
 from workload import Workload
 
 Samples = Mapping[str, Sequence[Sample]]
@@ -73,3 +72,7 @@ def as_json(samples: Samples) -> dict[str, Any]:
         name: {"median": medians(each), "rounds": [asdict(sample) for sample in each]}
         for name, each in samples.items()
     }
+
+
+def curve_json(curve: Curve) -> dict[str, Any]:
+    return asdict(curve)

@@ -244,6 +244,7 @@ class Cluster:
     def wait_until_serving(self, timeout_s: float = START_S) -> None:
         if self._nodes > 1:
             self.head.wait_for("serving at", timeout_s)
+            eventually(lambda: self.view().serving, 5, "/cluster says that it serves")
         else:
             self.head.wait_for("Application startup complete", timeout_s)
         for machine in self.machines:

@@ -15,7 +15,7 @@ ExitHandler = Callable[["Child", int], None]
 
 
 class Child:
-    """One child process, whose output goes to a log file.
+    """One child process, started once, whose output goes to a log file.
 
     Args:
         module: run as `python -m module`.
@@ -37,12 +37,20 @@ class Child:
         self._exited = exited
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
+        self._is_stopped = False
 
     @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
+        """Start it, unless `stop` was called before."""
+        async with self._starting:
+            if not self._is_stopped:
+                await self._spawn()
+
+    async def _spawn(self) -> None:
         self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.log, "wb") as log:
             self._process = await asyncio.create_subprocess_exec(
@@ -62,13 +70,17 @@ class Child:
 
     async def stop(self) -> None:
         """End the process and whatever it started: politely first, then for certain."""
-        if self._process is None or self._watch is None:
-            return
+        self._is_stopped = True
+        async with self._starting:  # a process on its way into the world is ended too
+            if self._process is None or self._watch is None:
+                return
         self._watch.cancel()
         self._signal(signal.SIGTERM)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
-        self._signal(signal.SIGKILL)
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        finally:
+            self._signal(signal.SIGKILL)
         await self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:

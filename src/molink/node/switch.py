@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from molink.core.errors import WireError
 from molink.core.ids import EVERY_STAGE, HEAD, NodeId, Port
@@ -47,18 +48,19 @@ class Switch:
         if destination == EVERY_STAGE and link.peer == HEAD:  # it has already made the copies
             self._deliver(header, frame)
             return None
-        if destination == EVERY_STAGE or HEAD != self.node != destination:
+        if destination == EVERY_STAGE or (destination != self.node and self.node != HEAD):
             raise WireError(f"node {link.peer} sent a frame for {header.destination}")
         return self._to_node(destination, header, frame)
 
-    def forward(self, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:
+    def forward(self, header: FrameHeader, frame: bytes) -> asyncio.Future[Any] | None:
         """Send a frame on; an awaitable asks the source to wait for room."""
         destination = header.destination
         if destination.node == EVERY_STAGE:
             if not self.stage_nodes:
                 self.dropped["no stage"] += 1
             waits = [self._to_node(node, header, frame) for node in self.stage_nodes]
-            return _all(wait for wait in waits if wait is not None)
+            waiting = [wait for wait in waits if wait is not None]
+            return asyncio.gather(*waiting) if waiting else None
         return self._to_node(destination.node, header, frame)
 
     def _to_node(

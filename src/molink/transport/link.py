@@ -58,7 +58,9 @@ class Link:
         return self.queue.put(frame, priority)
 
     async def run(self, handle: FrameHandler) -> None:
-        """Send and receive until either fails; returns when the other side has closed.
+        """Send and receive until either fails; returns at the end of the stream.
+
+        To the side that was dialled, a peer that was killed looks like one that closed.
 
         Raises:
             LinkError: the connection broke.
@@ -72,9 +74,8 @@ class Link:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if closing.done():
                 raise LinkError(f"link to node {self.peer} was closed")
-            for task in (receiving, sending):
-                if task.done():
-                    self._settle(task)
+            self._settle(receiving)
+            self._settle(sending)
         finally:
             for task in tasks:
                 task.cancel()
@@ -86,7 +87,9 @@ class Link:
         self._closed.set()
 
     def _settle(self, task: asyncio.Task[None]) -> None:
-        """Translate what gRPC raises into a LinkError."""
+        """Translate what gRPC raised, if the task is done, into a LinkError."""
+        if not task.done():
+            return
         if task.cancelled():  # by gRPC, whose channel was closed under it
             raise LinkError(f"link to node {self.peer} was closed")
         try:

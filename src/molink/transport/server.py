@@ -79,6 +79,7 @@ class LinkServer:
         try:
             port = self._server.add_secure_port(listen, credentials)
         except RuntimeError as error:
+            await self.stop()
             raise UsageError(
                 f"cannot listen on {listen}: another program uses the port, or the address is not "
                 "this machine's; choose another one with --listen HOST:PORT"

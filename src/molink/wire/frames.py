@@ -1,8 +1,8 @@
 """Frames: the unit of sending and of priority.
 
 A message is cut into frames by its sender and put together by its receiver; agents in between only
-read the header. There is one way to cut a message: every piece but the last holds MAX_PAYLOAD bytes,
-so a message that is still unfinished at its receiver has cost its sender at least that much.
+read the header. There is one way to cut a message: every piece but the last holds MAX_PAYLOAD
+bytes, so a message that is unfinished at its receiver has cost its sender at least that much.
 
 Layout, little endian, HEADER_SIZE bytes, then `length` bytes of payload:
 
