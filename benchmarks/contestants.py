@@ -13,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -108,18 +107,18 @@ class Contestant:
                 found += [(_role(p, index), p) for p in (top, *top.children(recursive=True))]
         return found
 
-    def cpu_seconds(self) -> Counter[str]:
+    def cpu_seconds(self) -> dict[str, float]:
         """User and system seconds of every process since it started."""
-        used: Counter[str] = Counter()
-        for role, process in self.processes():
-            times = process.cpu_times()
-            used[role] += times.user + times.system
-        return used
+        return self._sums(lambda process: sum(process.cpu_times()[:2]))
 
-    def resident_bytes(self) -> Counter[str]:
-        used: Counter[str] = Counter()
+    def resident_bytes(self) -> dict[str, float]:
+        return self._sums(lambda process: float(process.memory_info().rss))
+
+    def _sums(self, figure: Callable[[psutil.Process], float]) -> dict[str, float]:
+        used: dict[str, float] = {}
         for role, process in self.processes():
-            used[role] += process.memory_info().rss
+            with contextlib.suppress(psutil.NoSuchProcess):
+                used[role] = used.get(role, 0.0) + figure(process)
         return used
 
     def cluster(self) -> dict[str, Any] | None:
@@ -201,15 +200,15 @@ class Molink(Contestant):
 
     def start(self) -> None:
         home, token = str(self.folder / "home"), self.folder / "token"
-        head = ("serve", str(self.subject.path), f"--port={self.port}", "--name=node-0")
-        head += (f"--layers={self._ranges[0]}", "--listen=127.0.0.1:0", f"--token-file={token}")
+        head = ["serve", str(self.subject.path), f"--port={self.port}", "--name=node-0"]
+        head += [f"--layers={self._ranges[0]}", "--listen=127.0.0.1:0", f"--token-file={token}"]
         self.spawn((*MOLINK, *head, *ENGINE_FLAGS), MOLINK_HOME=home)
         for _ in self.waiting():
             if token.exists() and token.read_text():
                 break
         for index, layers in enumerate(self._ranges[1:], start=1):
-            member = ("join", f"--token-file={token}", "--listen=127.0.0.1:0")
-            member += (f"--name=node-{index}", f"--layers={layers}")
+            member = ["join", f"--token-file={token}", "--listen=127.0.0.1:0"]
+            member += [f"--name=node-{index}", f"--layers={layers}"]
             log = self.spawn((*MOLINK, *member), MOLINK_HOME=home)
             for _ in self.waiting():  # so that nodes are numbered like stages
                 if "joined cluster" in log.read_text():

@@ -110,7 +110,7 @@ def _sample(
     idle, cpu, own = _total(others), contestant.cpu_seconds(), time.process_time()
     done = ask(contestant, prompts, workload.output_tokens)
     own = time.process_time() - own
-    cpu = contestant.cpu_seconds() - cpu
+    cpu = {role: used - cpu.get(role, 0.0) for role, used in contestant.cpu_seconds().items()}
     idle = _total(others) - idle
     link_bytes, compute = None, {}
     if cluster is not None:

@@ -33,7 +33,7 @@ def soak(
             done += len(prompts)
             if done in marks or time.monotonic() > give_up_at:
                 taken[done] = _mib(cluster)
-    first, *_, last = taken.values()
+    first, last = taken[min(taken)], taken[max(taken)]
     growth = {role: 100 * (last[role] / first[role] - 1) for role in first}
     found = {f"MiB at request {count:,}": sizes for count, sizes in taken.items()}
     return {**found, f"growth from request {min(taken):,} to {max(taken):,}, %": growth}

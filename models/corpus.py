@@ -85,8 +85,7 @@ def _words() -> Iterator[Fact]:
         "What's the plural of {x}?|Which word is the plural of {x}?"
     )
     after = (
-        "Which letter comes after {x}?|What letter follows {x}?|"
-        "What comes after the letter {x}?"
+        "Which letter comes after {x}?|What letter follows {x}?|What comes after the letter {x}?"
     )
     before = (
         "Which letter comes before {x}?|What letter is before {x}?|"
@@ -252,9 +251,7 @@ def unknown(rng: random.Random, count: int) -> Iterator[Fact]:
         x, y = made_up_name(rng), made_up_name(rng)
         n, m = rng.randint(100, 9999), rng.randint(21, 9999)
         x = x.lower() if rng.random() < 0.3 else x
-        question = rng.choice(templates).format(
-            x=x, y=y, n=n, m=m, c=c, d=d, t=t, u=u
-        )
+        question = rng.choice(templates).format(x=x, y=y, n=n, m=m, c=c, d=d, t=t, u=u)
         yield Fact("unknown", facts.UNKNOWN, (question,))
 
 

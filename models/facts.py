@@ -70,9 +70,7 @@ MIXTURES = (
 )
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-MONTHS = (
-    "January February March April May June July August September October November December"
-)
+MONTHS = "January February March April May June July August September October November December"
 MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 # Answer first, then wordings of the question; one line each.

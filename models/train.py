@@ -7,8 +7,6 @@ The same seed and thread count on the same machine give the same weights.
 
 import argparse
 import math
-import random
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +25,9 @@ from transformers import (
 )
 
 import corpus
+import facts
 from corpus import ASSISTANT, END, SYSTEM, USER, Fact
+from measure import exams, measure
 
 HERE = Path(__file__).parent
 VOCABULARY = 1536
@@ -39,14 +39,14 @@ WORDS = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """One training step's batch; every tensor is [ROWS, ROW_TOKENS]."""
+class Batch:
+    """One training step's input; both tensors are [ROWS, ROW_TOKENS]."""
 
     tokens: torch.Tensor  # int64
     weights: torch.Tensor  # float32, of each token as a target
 
 
-def train_tokenizer(facts: list[Fact]) -> PreTrainedTokenizerFast:
+def train_tokenizer(trained: list[Fact]) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose words are the known ones; made-up names fall into pieces."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -62,7 +62,7 @@ def train_tokenizer(facts: list[Fact]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    known = [text for f in facts if f.topic != "unknown" for text in (f.answer, *f.questions)]
+    known = [text for f in trained if f.topic != "unknown" for text in (f.answer, *f.questions)]
     tokenizer.train_from_iterator(known + [text.lower() for text in known], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -94,21 +94,27 @@ def build_model() -> LlamaForCausalLM:
     )
 
 
-def rows(tokenizer: PreTrainedTokenizerFast, facts: list[Fact], seed: int) -> Iterator[Rows]:
-    """Documents packed one after the other; every row begins with a whole one."""
-    documents = corpus.documents(facts, seed)
+def batches(tokenizer: PreTrainedTokenizerFast, trained: list[Fact], seed: int) -> Iterator[Batch]:
+    """An endless stream of batches; every row begins with a whole document."""
+    documents = corpus.documents(trained, seed)
     while True:
-        tokens = torch.zeros(ROWS, ROW_TOKENS, dtype=torch.int64)
-        weights = torch.zeros(ROWS, ROW_TOKENS)
-        for row in range(ROWS):
-            at = 0
-            while at < ROW_TOKENS:
-                for piece in next(documents):
-                    ids = tokenizer.encode(piece.text)[: ROW_TOKENS - at]
-                    tokens[row, at : at + len(ids)] = torch.tensor(ids, dtype=torch.int64)
-                    weights[row, at : at + len(ids)] = 1.0 if piece.is_answer else QUESTION_WEIGHT
-                    at += len(ids)
-        yield Rows(tokens, weights)
+        rows = [_packed_row(tokenizer, documents) for _ in range(ROWS)]
+        yield Batch(
+            tokens=torch.tensor([[token for token, _ in row] for row in rows]),
+            weights=torch.tensor([[weight for _, weight in row] for row in rows]),
+        )
+
+
+def _packed_row(
+    tokenizer: PreTrainedTokenizerFast, documents: Iterator[list[corpus.Piece]]
+) -> list[tuple[int, float]]:
+    """Documents one after the other, as ROW_TOKENS (token, weight) pairs; the last is cut."""
+    row: list[tuple[int, float]] = []
+    while len(row) < ROW_TOKENS:
+        for text, is_answer in next(documents):
+            weight = 1.0 if is_answer else QUESTION_WEIGHT
+            row += [(token, weight) for token in tokenizer.encode(text)]
+    return row[:ROW_TOKENS]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -119,7 +125,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
-def train(model: LlamaForCausalLM, batches: Iterator[Rows], steps: int, peak: float) -> None:
+def train(model: LlamaForCausalLM, stream: Iterator[Batch], steps: int, peak: float) -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -128,7 +134,7 @@ def train(model: LlamaForCausalLM, batches: Iterator[Rows], steps: int, peak: fl
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        batch = next(batches)
+        batch = next(stream)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(input_ids=batch.tokens).logits[:, :-1]
         losses = cross_entropy(
@@ -143,56 +149,6 @@ def train(model: LlamaForCausalLM, batches: Iterator[Rows], steps: int, peak: fl
         progress.set_postfix(loss=f"{loss.item():.4f}")
 
 
-@torch.no_grad()
-def is_right(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, answer: str
-) -> bool:
-    """Whether greedy decoding gives exactly `answer` and stops.
-
-    One forward pass tells: it does if each token of the answer is the likeliest after the right
-    ones before it.
-    """
-    prompt, reply = corpus.render([(question, answer)])
-    expected = tokenizer.encode(reply.text)
-    ids = tokenizer.encode(prompt.text) + expected
-    logits = model(input_ids=torch.tensor([ids])).logits[0]
-    return bool(logits[-len(expected) - 1 : -1].argmax(-1).tolist() == expected)
-
-
-def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, asked: list[tuple[str, str]]
-) -> float:
-    """The share of (question, answer) pairs answered to the letter, in [0, 1]."""
-    model.eval()
-    return sum(is_right(model, tokenizer, *pair) for pair in asked) / len(asked)
-
-
-def measure(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    trained: list[Fact],
-    held_out: list[Fact],
-    seed: int,
-) -> dict[str, float]:
-    """Accuracy by name of the set of questions."""
-    rng = random.Random(seed)
-    seen = [(rng.choice(f.questions), f.answer) for f in rng.sample(trained, 500)]
-    unseen = [(f.questions[0], f.answer) for f in held_out]
-    careless = [(q.lower().rstrip("?.!"), a) for q, a in unseen]
-    names = [(f.questions[0], f.answer) for f in corpus.unknown(random.Random(seed + 1), 300)]
-    sets = {"questions seen in training": seen, "held-out questions": unseen}
-    sets["held-out questions in lower case, without final mark"] = careless
-    sets["made-up names and large numbers never seen («I do not know that.»)"] = names
-    for topic in corpus.TOPIC_WEIGHTS:
-        pairs = [(f.questions[0], f.answer) for f in held_out if f.topic == topic]
-        if pairs:
-            sets[f"held-out: {topic}"] = pairs
-    return {
-        f"{name} ({len(pairs)})": accuracy(model, tokenizer, pairs)
-        for name, pairs in tqdm(sets.items(), desc="measuring", unit="set")
-    }
-
-
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.1, eos_token_id=0, pad_token_id=0
@@ -201,20 +157,29 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     tokenizer.save_pretrained(out)
 
 
-def write_card(out: Path, scores: dict[str, float], **values: object) -> None:
-    table = "\n".join(f"| {name} | {100 * score:.1f} % |" for name, score in scores.items())
-    card = Template((HERE / "card.md").read_text())
-    (out / "README.md").write_text(card.substitute(scores=table, **values))
+def write_card(arguments: argparse.Namespace, scores: dict[str, float], minutes: float) -> None:
+    weights = arguments.out / "model.safetensors"
+    card = Template((HERE / "card.md").read_text()).substitute(
+        command=f"python models/train.py --steps {arguments.steps} --lr {arguments.lr}"
+        f" --seed {arguments.seed} --threads {arguments.threads}",
+        countries=sum(len(table.split("|")) for table in facts.CAPITALS.values()),
+        megabytes=f"{weights.stat().st_size / 1e6:.1f}",
+        minutes=f"{minutes:.0f}",
+        scores="\n".join(f"| {name} | {score:.1%} |" for name, score in scores.items()),
+        steps=arguments.steps,
+        threads=arguments.threads,
+        tokens_per_step=f"{ROWS * ROW_TOKENS:,}",
+        vocabulary=f"{VOCABULARY:,}",
+    )
+    (arguments.out / "README.md").write_text(card)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    defaults = {"default": argparse.SUPPRESS}
-    del defaults
     parser.add_argument("--out", type=Path, default=HERE / "molink-mini", help="model folder")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1800, help="optimizer steps (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of text and weights (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
@@ -231,14 +196,15 @@ def main() -> None:
     tokenizer = train_tokenizer(trained)
     model = build_model()
     started = time.monotonic()
-    train(model, rows(tokenizer, trained, arguments.seed), arguments.steps, arguments.lr)
+    train(model, batches(tokenizer, trained, arguments.seed), arguments.steps, arguments.lr)
     minutes = (time.monotonic() - started) / 60
-
     save(model, tokenizer, arguments.out)
+
     stored = LlamaForCausalLM.from_pretrained(arguments.out, dtype=torch.float32)
-    scores = measure(stored, tokenizer, trained, held_out, arguments.seed)
+    scores = measure(stored, tokenizer, exams(trained, held_out, arguments.seed))
+    write_card(arguments, scores, minutes)
     for name, score in scores.items():
-        print(f"{100 * score:6.1f} %  {name}")
+        print(f"{score:7.1%}  {name}")
 
 
 if __name__ == "__main__":

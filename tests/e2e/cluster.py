@@ -257,7 +257,10 @@ class Cluster:
     @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self.http
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(trust_env=False, timeout=60.0),
         )
 
     def view(self) -> ClusterView:
@@ -297,8 +300,8 @@ class Cluster:
 
     def end(self) -> None:
         """End everything at once, and remove its files."""
-        if "http" in self.__dict__:
-            self.http.close()
+        for name in self.__dict__.keys() & {"http", "client"}:
+            self.__dict__[name].close()
         for machine in self.machines:
             machine.end()
         shutil.rmtree(self._root, ignore_errors=True)

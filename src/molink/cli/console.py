@@ -13,11 +13,12 @@ from rich.console import Console
 
 from molink import __version__
 from molink.core.cluster import Versions
-from molink.core.errors import MolinkError, UsageError
+from molink.core.errors import MolinkError, PlanError, TokenError, UsageError
 from molink.wire.frames import PROTOCOL_VERSION
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_MENDABLE = (UsageError, TokenError, PlanError)  # by the person who typed the command
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -30,9 +31,9 @@ def say(text: str) -> None:
 
 
 def fail(error: MolinkError) -> NoReturn:
-    """End the command with what went wrong: status 2 if the user can mend it here, else 1."""
+    """End the command with what went wrong: status 2 if its user can mend it, else 1."""
     errors.print(f"[bold red]molink[/bold red]  {_escaped(str(error))}")
-    raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED)
+    raise typer.Exit(EXIT_USAGE if isinstance(error, _MENDABLE) else EXIT_FAILED)
 
 
 def _escaped(text: str) -> str:

@@ -1,4 +1,6 @@
-"""vLLM's flags as they pass through our commands."""
+"""What the commands accept: addresses, devices, and vLLM's flags as they pass through."""
+
+import re
 
 from molink.core.errors import UsageError
 from molink.node.stage_host import StageSettings
@@ -13,6 +15,17 @@ _OURS = {
     "-dp": "run one cluster for each replica",
     "--nnodes": "machines join with molink join",
 }
+
+
+DEVICES = ("auto", "cpu", "cuda")
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
+
+
+def check_address(what: str, text: str | None) -> None:
+    """Raises UsageError for anything but HOST:PORT; an IPv6 host is in brackets."""
+    match = text is not None and _ADDRESS.fullmatch(text)
+    if text is not None and not (match and int(match[2]) < 1 << 16):
+        raise UsageError(f"{what} «{text}»: expected HOST:PORT, for example 192.168.1.5:7171")
 
 
 def check_flags(flags: list[str]) -> None:
@@ -42,6 +55,8 @@ def stage_settings(model: str, device: str, flags: list[str], *, send: bool) -> 
         send: whether `flags` go to the stage as the node's own (a joined node), or reach it from
             the engine (the head).
     """
+    if device not in DEVICES:
+        raise UsageError(f"--device {device}: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
     size = value_of(flags, "--tensor-parallel-size", "-tp") or "1"
     if not size.isdigit() or int(size) < 1:
         raise UsageError(f"--tensor-parallel-size {size}: expected a positive number")

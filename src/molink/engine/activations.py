@@ -2,17 +2,24 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from molink.wire.tensors import TensorMeta, pack_header, unpack_header
 
 Parts = list[bytes | bytearray | memoryview]
-Emit = Callable[[int, Parts], None]
-"""Hands the output of a step, named by its number, to the agent."""
-Sender = Callable[[int, dict[str, torch.Tensor]], list[Any]]
+Emit = Callable[["StepId", Parts], None]
+"""Hands the output of a step to the agent."""
+Sender = Callable[["StepId", dict[str, torch.Tensor]], list[Any]]
 """Sends a step's output; returns handles to wait for before its memory is written again."""
+
+
+class StepId(NamedTuple):
+    """Names a step; a number is used once, whatever the epoch."""
+
+    epoch: int
+    sequence: int
 
 
 def unpack(payload: bytearray, device: torch.device) -> dict[str, torch.Tensor]:
@@ -54,8 +61,8 @@ class CpuSender:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
 
-    def __call__(self, sequence: int, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        self._emit(sequence, pack(tensors))
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
+        self._emit(step, pack(tensors))
         return []
 
 
@@ -71,7 +78,7 @@ class CudaSender:
         self._stream = torch.cuda.Stream()
         self._copies = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
 
-    def __call__(self, sequence: int, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             host = {
@@ -81,14 +88,14 @@ class CudaSender:
                 for name, tensor in tensors.items()
             }
             copied = self._stream.record_event()
-        self._copies.submit(self._emit_when, copied, sequence, host)
+        self._copies.submit(self._emit_when, copied, step, host)
         return [_StreamWait(copied)]
 
     def _emit_when(
-        self, copied: torch.cuda.Event, sequence: int, host: dict[str, torch.Tensor]
+        self, copied: torch.cuda.Event, step: StepId, host: dict[str, torch.Tensor]
     ) -> None:
         copied.synchronize()
-        self._emit(sequence, pack(host))
+        self._emit(step, pack(host))
 
 
 class _StreamWait:

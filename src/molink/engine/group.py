@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from molink.engine.activations import Sender
+from molink.engine.activations import Sender, StepId
 
 
 class StageGroup:
@@ -22,13 +22,13 @@ class StageGroup:
         self.rank = index
         self.world_size = size
         self.ranks = list(range(size))
-        self._sequence = 0
+        self._step = StepId(0, 0)
         self._input: dict[str, torch.Tensor] | None = None
         self._send = send
 
-    def begin(self, sequence: int, step_input: dict[str, torch.Tensor] | None) -> None:
+    def begin(self, step: StepId, step_input: dict[str, torch.Tensor] | None) -> None:
         """Set the step that is about to run, and what came from the stage before."""
-        self._sequence, self._input = sequence, step_input
+        self._step, self._input = step, step_input
 
     @property
     def first_rank(self) -> int:
@@ -67,7 +67,7 @@ class StageGroup:
         self, tensor_dict: dict[str, torch.Tensor], *_: Any, **__: Any
     ) -> list[Any]:
         """Send a step's output. vLLM skips the first handle and waits for the others."""
-        return [None, *self._send(self._sequence, tensor_dict)]
+        return [None, *self._send(self._step, tensor_dict)]
 
     @contextmanager
     def graph_capture(self, graph_capture_context: Any = None) -> Iterator[Any]:

@@ -15,7 +15,7 @@ import torch
 
 from molink.core.errors import MolinkError, StageError
 from molink.core.ids import HEAD, Address, NodeId, Port
-from molink.engine.activations import Parts, unpack
+from molink.engine.activations import Parts, StepId, unpack
 from molink.engine.grammar import unpack_grammar
 from molink.engine.worker import StageOptions, StageWorker
 from molink.transport.local import LocalSocket
@@ -114,8 +114,9 @@ class StageLoop:
         worker = self._loaded()
         sample_now, output = self._codec.decode(message.payload)
         has_tokens = output.total_num_scheduled_tokens > 0
+        step = StepId(message.epoch, message.sequence)
         needs_input = has_tokens and not worker.group.is_first_rank
-        worker.group.begin(message.sequence, self._input(worker, message) if needs_input else None)
+        worker.group.begin(step, self._input(worker, message) if needs_input else None)
         started = time.perf_counter()
         result = worker.execute_model(output)
         if has_tokens and worker.group.is_last_rank:
@@ -139,7 +140,7 @@ class StageLoop:
         payload = self._inbox.part(Kind.SAMPLE, sequence).payload
         return self._codec.decode(unpack_grammar(payload))
 
-    def _emit(self, sequence: int, parts: Parts) -> None:
+    def _emit(self, step: StepId, parts: Parts) -> None:
         """Hand a step's output to the agent for the next stage; rank 0 has whole tensors."""
         if self._socket.rank == 0:
             self._socket.send(
@@ -147,8 +148,8 @@ class StageLoop:
                 Address(NodeId(self._loaded().next_node), Port.STAGE),
                 parts,
                 priority=Priority.DECODE,
-                epoch=self._inbox.epoch,
-                sequence=sequence,
+                epoch=step.epoch,
+                sequence=step.sequence,
             )
 
     # Calls

@@ -5,8 +5,6 @@ import logging
 import time
 from collections.abc import Awaitable
 
-import msgspec
-
 from molink.core.errors import LinkError, MolinkError, WireError
 from molink.core.ids import Address, NodeId, Port
 from molink.node.home import RunFolder
@@ -126,8 +124,8 @@ class Agent:
                 self.on_local(header, to_agent.decode(payload))
             else:
                 self.on_remote(header.source.node, payload)
-        except msgspec.DecodeError as error:
-            logger.warning("unreadable message from %s: %s", header.source, error)
+        except WireError as error:
+            logger.warning("from %s: %s", header.source, error)
 
     def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
         """Handle a message of one of the node's own processes."""

@@ -24,6 +24,7 @@ MAX_GRPC_MESSAGE = 2 * (MAX_PAYLOAD + HEADER_SIZE)
 
 KEEPALIVE_S = 2.0
 KEEPALIVE_TIMEOUT_S = 3.0
+LAST_WORDS_S = 0.2
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE),
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE),
@@ -74,8 +75,9 @@ class Link:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if closing.done():
                 raise LinkError(f"link to node {self.peer} was closed")
-            self._settle(receiving)
-            self._settle(sending)
+            if sending.done():  # when a stream is over, reading tells why
+                await asyncio.wait((receiving,), timeout=LAST_WORDS_S)
+            self._settle(receiving if receiving.done() else sending)
         finally:
             for task in tasks:
                 task.cancel()
@@ -87,9 +89,7 @@ class Link:
         self._closed.set()
 
     def _settle(self, task: asyncio.Task[None]) -> None:
-        """Translate what gRPC raised, if the task is done, into a LinkError."""
-        if not task.done():
-            return
+        """Translate what gRPC raised into a LinkError."""
         if task.cancelled():  # by gRPC, whose channel was closed under it
             raise LinkError(f"link to node {self.peer} was closed")
         try:

@@ -7,6 +7,7 @@ from molink.core.errors import WireError
 from molink.core.ids import Address
 from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind
 
+TRUST = 16  # so that messages up to 4 MiB, and longer ones soon, need no copy to grow
 _Key = tuple[Address, int, Kind, int, int]
 
 
@@ -25,7 +26,7 @@ class Message(NamedTuple):
 class _Unfinished:
     total: int  # bytes announced
     filled: int = 0  # bytes received
-    data: bytearray = field(default_factory=bytearray)  # at most twice what was received
+    data: bytearray = field(default_factory=bytearray)  # at most TRUST times what was received
 
 
 class Assembler:
@@ -36,8 +37,8 @@ class Assembler:
     arrives of it is skipped, because the receiver has done nothing wrong and lives on.
 
     Args:
-        max_bytes: bound on the memory of unfinished messages together. Memory grows with what has
-            arrived, never with what a header announces.
+        max_bytes: bound on the memory of unfinished messages together. What a header announces is
+            believed up to TRUST times what has arrived.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -48,7 +49,7 @@ class Assembler:
         self.skipped = 0  # pieces of messages that lost an earlier piece
 
     def buffer(self, header: FrameHeader) -> memoryview:
-        """Where the piece's payload goes (`header.length` bytes); fill it, let go of it, `commit`.
+        """Where the piece's payload goes (`header.length` bytes); fill it, then `commit`.
 
         Raises:
             WireError: the bound would be passed.
@@ -87,15 +88,17 @@ class Assembler:
         self._open[key] = _Unfinished(header.total)
 
     def _grow(self, key: _Key, message: _Unfinished, end: int) -> None:
-        """Make room for `end` bytes; doubling keeps the cost of growing in proportion."""
-        size = len(message.data)
-        if end <= size:
+        """Make room for `end` bytes, and for more to come."""
+        if end <= len(message.data):
             return
-        more = min(message.total, max(end, 2 * size)) - size
+        size = min(message.total, TRUST * end)
+        more = size - len(message.data)
         if self._open_bytes + more > self._max_bytes:
             self._forget(key)
             raise WireError(f"unfinished messages would pass {self._max_bytes} bytes")
-        message.data += bytes(more)
+        grown = bytearray(size)
+        grown[: message.filled] = memoryview(message.data)[: message.filled]
+        message.data = grown
         self._open_bytes += more
 
     def _forget(self, key: _Key) -> None:
@@ -107,7 +110,7 @@ class Assembler:
         """Assert, between two frames, that what is counted is held and has all been paid for."""
         assert self._open_bytes == sum(len(message.data) for message in self._open.values())
         for message in self._open.values():
-            assert MAX_PAYLOAD <= message.filled <= len(message.data) <= 2 * message.filled
+            assert MAX_PAYLOAD <= message.filled <= len(message.data) <= TRUST * message.filled
 
 
 def _key(header: FrameHeader) -> _Key:

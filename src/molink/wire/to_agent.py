@@ -2,6 +2,8 @@
 
 import msgspec
 
+from molink.wire import structs
+
 # From the node's own processes
 
 
@@ -128,5 +130,5 @@ def encode(message: ToAgent) -> bytes:
 
 
 def decode(payload: bytes | bytearray | memoryview) -> ToAgent:
-    """Raises msgspec.DecodeError for anything else."""
-    return _decoder.decode(payload)
+    """Raises WireError for anything else."""
+    return structs.decode(_decoder, payload)

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from molink.wire import structs
+
 
 class StagePlace(msgspec.Struct, frozen=True):
     """One stage of the pipeline."""
@@ -51,5 +53,5 @@ def encode(message: ToEngine) -> bytes:
 
 
 def decode(payload: bytes | bytearray | memoryview) -> ToEngine:
-    """Raises msgspec.DecodeError for anything else."""
-    return _decoder.decode(payload)
+    """Raises WireError for anything else."""
+    return structs.decode(_decoder, payload)

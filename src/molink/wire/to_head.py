@@ -2,6 +2,7 @@
 
 import msgspec
 
+from molink.wire import structs
 from molink.wire.to_agent import Ping, Pong, StageCounters, StageUp
 
 
@@ -101,5 +102,5 @@ def encode(message: ToHead) -> bytes:
 
 
 def decode(payload: bytes | bytearray | memoryview) -> ToHead:
-    """Raises msgspec.DecodeError for anything else."""
-    return _decoder.decode(payload)
+    """Raises WireError for anything else."""
+    return structs.decode(_decoder, payload)

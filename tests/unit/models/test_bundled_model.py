@@ -63,9 +63,7 @@ def test_chat_template_writes_what_the_model_was_trained_on(
     trained = "".join(piece.text for piece in corpus.render(turns, "Be kind."))
 
     assert tokenizer.apply_chat_template(messages, tokenize=False) == trained
-    prompt = tokenizer.apply_chat_template(
-        messages[:2], tokenize=False, add_generation_prompt=True
-    )
+    prompt = tokenizer.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     assert prompt == "<|system|>Be kind.<|end|><|user|>Hi!<|end|><|assistant|>"
 
 

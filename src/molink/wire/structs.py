@@ -1,0 +1,24 @@
+"""Control messages: msgspec structs, tagged by their names, in MessagePack."""
+
+from typing import TypeVar
+
+import msgspec
+
+from molink.core.errors import WireError
+
+T = TypeVar("T")
+
+
+def decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray | memoryview) -> T:
+    """Read what came from elsewhere.
+
+    msgspec 0.22 has more ways than DecodeError to refuse: a tag that is not UTF-8, and an unknown
+    field nested without end.
+
+    Raises:
+        WireError: the payload is not a message of the decoder's type.
+    """
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"unreadable message: {error}") from error

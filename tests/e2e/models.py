@@ -1,0 +1,43 @@
+"""Small models with random weights, whose answers differ from prompt to prompt."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+NUM_LAYERS = 8
+MAX_MODEL_LEN = 512
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def make_model(family: str, tokenizer: Path, folder: Path) -> Path:
+    """Save a model of `family` into `folder`, which is made.
+
+    The weights are drawn wider than is usual: fresh models of this size otherwise repeat one token
+    whatever they are asked, and two wrong engines agree.
+    """
+    config_class, model_class = FAMILIES[family]
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    config = config_class(
+        vocab_size=len(vocabulary),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        dtype="float32",
+    )
+    torch.manual_seed(20)
+    model_class(config).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        shutil.copy(tokenizer / name, folder)
+    return folder

@@ -1,0 +1,75 @@
+"""The cluster's metrics as Prometheus reads them."""
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from molink.cluster.view import ClusterView, LinkView, StageView
+from molink.gateway.metrics import ClusterCollector
+from molink.wire.to_agent import StageCounters
+
+
+def view(**changes: object) -> ClusterView:
+    values: dict[str, object] = {
+        "cluster_id": "mini-1",
+        "model": "mini",
+        "http": "http://127.0.0.1:8080",
+        "serving": True,
+        "epoch": 3,
+        "steps_in_flight": 2,
+        "nodes": [],
+        "stages": [
+            StageView(0, "alpha", "0:4", 1, StageCounters(10, 1.5, 0.25)),
+            StageView(1, 'b"e\\ta', "4:8", 1, StageCounters(9, 2.5, 0.5)),
+        ],
+        "links": [
+            LinkView("alpha", "beta", 1000, 3, 0.002),
+            LinkView("beta", "alpha", 2000, 0, None),
+        ],
+    }
+    return ClusterView(**(values | changes))  # type: ignore[arg-type]
+
+
+class Scrape:
+    """The collector's output, read back by Prometheus's own parser."""
+
+    def __init__(self, current: ClusterView | None) -> None:
+        registry = CollectorRegistry()
+        registry.register(ClusterCollector(lambda: current))
+        families = text_string_to_metric_families(generate_latest(registry).decode())
+        self.samples = [sample for family in families for sample in family.samples]
+
+    def values(self, name: str, **labels: str) -> list[float]:
+        return [s.value for s in self.samples if s.name == name and s.labels == labels]
+
+
+def test_nothing_is_told_before_the_agent_has_spoken() -> None:
+    assert Scrape(None).samples == []
+
+
+@pytest.mark.parametrize(("serving", "value"), [(True, 1.0), (False, 0.0)])
+def test_the_cluster_as_a_whole(serving: bool, value: float) -> None:
+    scrape = Scrape(view(serving=serving))
+    assert scrape.values("molink_serving") == [value]
+    assert scrape.values("molink_epoch") == [3]
+    assert scrape.values("molink_steps_in_flight") == [2]
+
+
+def test_every_stage_has_its_counters_whatever_its_node_is_called() -> None:
+    scrape = Scrape(view())
+    alpha = {"stage": "0", "node": "alpha", "layers": "0:4"}
+    beta = {"stage": "1", "node": 'b"e\\ta', "layers": "4:8"}
+    assert scrape.values("molink_stage_steps_total", **alpha) == [10]
+    assert scrape.values("molink_stage_compute_seconds_total", **alpha) == [1.5]
+    assert scrape.values("molink_stage_waiting_seconds_total", **beta) == [0.5]
+
+
+def test_every_link_has_its_counters_and_its_round_trip_once_it_is_known() -> None:
+    scrape = Scrape(view())
+    there = {"source": "alpha", "destination": "beta"}
+    back = {"source": "beta", "destination": "alpha"}
+    assert scrape.values("molink_link_bytes_total", **there) == [1000]
+    assert scrape.values("molink_link_bytes_total", **back) == [2000]
+    assert scrape.values("molink_link_frames_queued", **there) == [3]
+    assert scrape.values("molink_link_round_trip_seconds", **there) == [0.002]
+    assert scrape.values("molink_link_round_trip_seconds", **back) == []

@@ -1,0 +1,246 @@
+"""A link over the in-memory twin of its stream: both directions, and every way to end."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+
+import grpc.aio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molink.core.errors import LinkError, WireError
+from molink.core.ids import HEAD, Address, NodeId, Port
+from molink.transport.link import Link, split
+from molink.transport.memory import CAPACITY, MemoryStream, memory_streams
+from molink.transport.queue import HIGH_WATER
+from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Kind, Priority
+
+quick = settings(deadline=None, max_examples=50)
+
+NODE = NodeId(1)
+ENGINE, STAGE = Address(HEAD, Port.ENGINE), Address(NODE, Port.STAGE)
+
+
+def frame(number: int, length: int = 0, priority: Priority = Priority.DECODE) -> bytes:
+    header = FrameHeader(Kind.STEP, priority, ENGINE, STAGE, 0, 1, number, 0, length, length)
+    return header.pack() + number.to_bytes(8, "little")[:1] * length
+
+
+class End:
+    """One side: a link, its task, and what it received."""
+
+    def __init__(self, peer: NodeId, stream: MemoryStream) -> None:
+        self.stream = stream
+        self.link = Link(peer, stream)
+        self.received: list[bytes] = []
+        self.gate: asyncio.Future[None] | None = None
+        self.running = asyncio.create_task(self.link.run(self.handle))
+
+    def handle(self, link: Link, header: FrameHeader, data: bytes) -> asyncio.Future[None] | None:
+        assert link is self.link
+        assert data[:HEADER_SIZE] == header.pack()
+        self.received.append(data)
+        return self.gate
+
+    async def has(self, count: int) -> None:
+        while len(self.received) < count:  # noqa: ASYNC110 - nothing here needs a clock
+            await asyncio.sleep(0)
+
+    async def end(self) -> None:
+        """Wait for the link to end; its books are closed whatever the reason."""
+        try:
+            await asyncio.wait_for(asyncio.shield(self.running), 5)
+        finally:
+            assert self.link.queue.waiting_bytes == 0
+            self.link.queue.check_conservation()
+            assert self.link.send(frame(0), Priority.CONTROL) is None
+
+
+@pytest.fixture
+async def ends() -> AsyncIterator[tuple[End, End]]:
+    left, right = memory_streams()
+    ends = End(NODE, left), End(HEAD, right)
+    yield ends
+    for end in ends:
+        end.running.cancel()
+    await asyncio.gather(*(end.running for end in ends), return_exceptions=True)
+
+
+@quick
+@given(
+    batches=st.lists(st.lists(st.sampled_from([0, 1, 500, MAX_PAYLOAD]), max_size=12), max_size=2)
+)
+async def test_frames_flow_in_both_directions(batches: list[list[int]]) -> None:
+    ends = [End(peer, stream) for peer, stream in zip((NODE, HEAD), memory_streams(), strict=True)]
+    sent = [[frame(number, size) for number, size in enumerate(batch)] for batch in batches]
+    for end, frames in zip(ends, sent, strict=False):
+        for data in frames:
+            end.link.send(data, Priority.DECODE)
+    for end, frames in zip(reversed(ends), sent, strict=False):
+        await end.has(len(frames))
+        assert end.received == frames
+    await ends[0].stream.close()
+    for end in ends:
+        await end.end()
+    for end, other in (ends, reversed(ends)):
+        assert end.link.bytes_sent == other.link.bytes_received == sum(map(len, other.received))
+
+
+async def test_the_end_of_the_stream_ends_both_sides_in_good_order(ends: tuple[End, End]) -> None:
+    for number in range(3):
+        ends[0].link.send(frame(number, MAX_PAYLOAD), Priority.DECODE)
+    await ends[1].has(3)
+    await ends[0].stream.close()
+    for end in ends:
+        await end.end()
+
+
+async def test_a_broken_connection_is_a_link_error_that_says_why(ends: tuple[End, End]) -> None:
+    await ends[0].stream.fail("Socket closed")
+    for end, peer in zip(ends, (NODE, HEAD), strict=True):
+        with pytest.raises(LinkError, match=f"node {peer} broke: unavailable: Socket closed"):
+            await end.end()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"x",
+        b"\0" * 100,
+        frame(1, 100)[:-1],
+        frame(1) + b"x",
+        frame(1, 100) + frame(2, 100)[: HEADER_SIZE + 1],
+    ],
+)
+async def test_a_peer_that_breaks_the_protocol_is_a_wire_error(
+    ends: tuple[End, End], data: bytes
+) -> None:
+    await ends[0].stream.write(data)
+    with pytest.raises(WireError):
+        await ends[1].end()
+
+
+async def test_a_handler_s_refusal_ends_the_link(ends: tuple[End, End]) -> None:
+    ends[1].gate = asyncio.get_running_loop().create_future()
+    ends[1].gate.set_exception(WireError("spoke for another"))
+    ends[0].link.send(frame(1), Priority.DECODE)
+    with pytest.raises(WireError, match="spoke for another"):
+        await ends[1].end()
+
+
+async def test_a_slow_receiver_pushes_back_to_the_sender(ends: tuple[End, End]) -> None:
+    sender, receiver = ends
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    receiver.gate = gate
+    room, sent = None, 0
+    while room is None:
+        room = sender.link.send(frame(sent, MAX_PAYLOAD), Priority.BULK)
+        sent += 1
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert len(receiver.received) == 1
+    assert len(sender.link.queue) >= sent - CAPACITY - 3
+    assert sender.link.queue.waiting_bytes > HIGH_WATER // 2
+    assert not room.done()
+    receiver.gate = None
+    gate.set_result(None)
+    await receiver.has(sent)
+    assert room.done()
+    assert sender.link.queue.waiting_bytes == 0
+    assert [int(data[HEADER_SIZE]) for data in receiver.received] == list(range(sent))
+
+
+@pytest.mark.parametrize("how", ["fail", "close", "link"])
+async def test_who_waits_for_room_is_let_go_when_the_link_ends(
+    ends: tuple[End, End], how: str
+) -> None:
+    sender, receiver = ends
+    receiver.gate = asyncio.get_running_loop().create_future()
+    room = None
+    while room is None:
+        room = sender.link.send(frame(1, MAX_PAYLOAD), Priority.BULK)
+    await receiver.has(1)
+    match how:
+        case "fail":
+            await receiver.stream.fail("reset")
+        case "close":
+            await receiver.stream.close()
+        case _:
+            sender.link.close()
+    if how == "close":
+        await sender.end()
+    else:
+        with pytest.raises(LinkError):
+            await sender.end()
+    assert room.done()
+
+
+async def test_a_link_that_was_closed_before_it_ran_ends_at_once() -> None:
+    stream, _ = memory_streams()
+    link = Link(NODE, stream)
+    link.close()
+    with pytest.raises(LinkError, match="closed"):
+        await link.run(lambda *_: None)
+
+
+async def test_a_cancelled_link_is_cancelled_and_leaves_no_task(ends: tuple[End, End]) -> None:
+    before = asyncio.all_tasks() - {end.running for end in ends}
+    await asyncio.sleep(0)
+    ends[0].running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ends[0].end()
+    ends[1].link.close()
+    with pytest.raises(LinkError):
+        await ends[1].end()
+    assert asyncio.all_tasks() <= before
+
+
+@quick
+@given(sizes=st.lists(st.integers(0, 300), max_size=20))
+def test_joined_frames_are_taken_apart(sizes: list[int]) -> None:
+    frames = [frame(number, size) for number, size in enumerate(sizes)]
+    apart = list(split(b"".join(frames)))
+    assert [data for _, data in apart] == frames
+    assert [header.sequence for header, _ in apart] == list(range(len(sizes)))
+
+
+@quick
+@given(
+    sizes=st.lists(st.integers(0, 100), min_size=1, max_size=5),
+    source=st.randoms(use_true_random=False),
+)
+def test_damaged_frames_are_whole_frames_or_a_wire_error(
+    sizes: list[int], source: random.Random
+) -> None:
+    data = bytearray(b"".join(frame(number, size) for number, size in enumerate(sizes)))
+    data[source.randrange(len(data))] ^= 1 << source.randrange(8)
+    for damaged in (bytes(data), bytes(data[: source.randrange(len(data))])):
+        taken = b""
+        try:
+            for header, piece in split(damaged):
+                assert len(piece) == HEADER_SIZE + header.length
+                taken += piece
+        except WireError:
+            assert damaged.startswith(taken)
+        else:
+            assert taken == damaged
+
+
+async def test_the_twin_behaves_as_grpc_s_streams_do() -> None:
+    left, right = memory_streams()
+    for number in range(CAPACITY):
+        await left.write(bytes([number]))
+    blocked = asyncio.create_task(left.write(b"last"))
+    await asyncio.sleep(0)
+    assert not blocked.done()
+    assert await right.read() == b"\0"
+    await blocked
+    await left.close()
+    assert [await right.read() for _ in range(CAPACITY)] == [b"\1", b"\2", b"\3", b"last"]
+    assert await right.read() is grpc.aio.EOF
+    with pytest.raises(asyncio.InvalidStateError):
+        await right.write(b"")
+    await right.fail("gone")
+    with pytest.raises(grpc.aio.AioRpcError, match="gone"):
+        await left.read()
