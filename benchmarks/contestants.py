@@ -41,6 +41,7 @@ ENVIRONMENT = {
 }
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
+IN_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 VLLM = (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
 MOLINK = (str(Path(sys.executable).with_name("molink")),)
 
@@ -160,7 +161,11 @@ class Contestant:
 
 
 class Vllm(Contestant):
-    """vLLM's own server; with more than one stage its own pipeline, mended for the CPU."""
+    """vLLM's own server on one core, or its own pipeline, mended for the CPU.
+
+    One stage runs inside the engine's process: the executor that vLLM takes on a CPU would put it
+    into a second one, and the first would spin on shared memory, on a second core.
+    """
 
     is_suspendable = True
 
@@ -169,16 +174,22 @@ class Vllm(Contestant):
         self._stages = stages
 
     def start(self) -> None:
-        flags = ["--model", str(self.subject.path), "--port", str(self.port), *ENGINE_FLAGS]
-        environment = {}
-        if self._stages > 1:
-            flags += [f"--pipeline-parallel-size={self._stages}"]
-            flags += [
-                "--distributed-executor-backend=mp",
-                "--worker-cls=mended_worker.MendedWorker",
-            ]
-            environment["PYTHONPATH"] = str(Path(__file__).parent)
-        self.spawn((*VLLM, *flags), **environment)
+        flags = [f"--model={self.subject.path}", f"--port={self.port}", *ENGINE_FLAGS]
+        if self._stages == 1:
+            self.spawn((*VLLM, *flags, f"--distributed-executor-backend={IN_PROCESS}"))
+            return
+        flags += [f"--pipeline-parallel-size={self._stages}", "--distributed-executor-backend=mp"]
+        flags += ["--worker-cls=mended_worker.MendedWorker"]
+        self.spawn((*VLLM, *flags), PYTHONPATH=str(Path(__file__).parent))
+
+
+class VllmDefault(Contestant):
+    """vLLM's own server as it starts without being told how."""
+
+    is_suspendable = True
+
+    def start(self) -> None:
+        self.spawn((*VLLM, f"--model={self.subject.path}", f"--port={self.port}", *ENGINE_FLAGS))
 
 
 class MolinkAlone(Contestant):
@@ -238,10 +249,10 @@ def _role(process: psutil.Process, index: int) -> str:
         command = " ".join(process.cmdline())
     except psutil.Error:
         return "other"
-    if found := re.search(
-        r"molink\.entrypoints\.stage .*--node=(\d+)|VLLM::Worker_PP(\d+)", command
-    ):
-        return f"stage {found[1] or found[2]}"
+    if found := re.search(r"molink\.entrypoints\.stage .*--node=(\d+)", command):
+        return f"stage {found[1]}"
+    if found := re.search(r"VLLM::Worker(?:_PP(\d+))?", command):
+        return f"stage {found[1] or 0}"
     if "VLLM::EngineCore" in command:
         return "engine core"
     if "entrypoints.openai.api_server" in command or "molink.entrypoints.engine" in command:

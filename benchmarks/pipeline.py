@@ -22,7 +22,7 @@ from typing import Any
 
 import httpx
 import report
-from contestants import Contestant, Molink, MolinkAlone, ServerError, Vllm
+from contestants import Contestant, Molink, MolinkAlone, ServerError, Vllm, VllmDefault
 from curve import measure_curve
 from measure import Sample, Say, alternate, serving
 from models import BUNDLED, HALF, RANDOM, Subject, existing, random_model
@@ -54,7 +54,7 @@ class Benchmark:
             return
         for subject in subjects:
             if self._options.plain:
-                alone = [Vllm(ONE, subject), MolinkAlone(OURS_ALONE, subject)]
+                alone = [VllmDefault(ONE, subject), MolinkAlone(OURS_ALONE, subject)]
                 self._compare(subject, alone, [(OURS_ALONE, ONE)])
             else:
                 self._pipelines(subject)

@@ -62,7 +62,8 @@ def _geography() -> Iterator[Fact]:
     )
     city = (
         "Which country has the capital {y}?|{y} is the capital of which country?|Where is {y}?|"
-        "What country is {y} the capital of?|In which country is {y}?"
+        "What country is {y} the capital of?|In which country is {y}?|Is {y} in {x}?|"
+        "Is {y} the capital of {x}?"
     )
     continent = (
         "On which continent is {x}?|Which continent is {x} on?|What continent is {x} in?|"
@@ -71,7 +72,7 @@ def _geography() -> Iterator[Fact]:
     for land, cities in facts.CAPITALS.items():
         for x, y in _pairs(cities, ":"):
             yield _ask("capital", f"The capital of {x} is {y}.", capital, x=x)
-            yield _ask("city", f"{y} is the capital of {x}.", city, y=y)
+            yield _ask("city", f"{y} is the capital of {x}.", city, x=x, y=y)
             yield _ask("continent", f"{_upper(x)} is in {land}.", continent, x=x)
 
 
@@ -225,26 +226,13 @@ def _by_heart() -> Iterator[Fact]:
 
 def made_up_name(rng: random.Random) -> str:
     """A name that nothing has, for questions that have no answer."""
-    syllables = "zo bel mar quin dra vek lu tor ni sha gro pim wex ya hol fen ru kal bi osk".split()
-    ends = ["ia", "land", "stan", "o", "a", "burg", "ix", "ano", "eth", ""]
-    return _upper("".join(rng.choices(syllables, k=rng.randint(1, 2))) + rng.choice(ends))
+    syllables = rng.choices(facts.SYLLABLES.split(), k=rng.randint(1, 2))
+    return _upper("".join(syllables) + rng.choice(["", *facts.NAME_ENDS.split()]))
 
 
 def unknown(rng: random.Random, count: int) -> Iterator[Fact]:
     """`count` questions about made-up names and numbers too large; none has an answer."""
-    templates = (
-        "What is the capital of {x}?|Which city is the capital of {x}?|Tell me the capital of {x}.|"
-        "What's the capital of {x}?|Capital of {x}?|Do you know the capital of {x}?|"
-        "Where is {x}?|In which country is {x}?|On which continent is {x}?|What is {x}?|"
-        "Who is {x}?|Who wrote {x}?|Who made {x}?|What does {x} do?|Tell me about {x}.|"
-        "What is the opposite of {x}?|What colour is {x}?|What does a {x} say?|Who painted {x}?|"
-        "What is a baby {x} called?|How old is {x}?|When was {x} born?|Why is {x} famous?|"
-        "Explain {x}.|{x}|{x} {y}|{x} {y}?|What is {n} plus {m}?|What is {n} times {m}?|{n} * {m}|"
-        "What is {n} minus {m}?|How many {x} are in {y}?|Is {x} larger than {y}?|Who is the king of {c}?|"
-        "Is {t} in {c}?|How old is {t}?|How many people live in {t}?|How many people live in {c}?|"
-        "Which language is spoken in {c}?|How far is it from {t} to {u}?|What can I eat in {t}?|"
-        "How big is {c}?|Who lives in {c}?|What is the best hotel in {t}?|Is {c} larger than {d}?"
-    ).split("|")
+    templates = facts.UNKNOWN_TEMPLATES.split("|")
     lands = [row for cities in facts.CAPITALS.values() for row in _pairs(cities, ":")]
     for _ in range(count):
         (c, t), (d, u) = rng.sample(lands, 2)

@@ -3,8 +3,9 @@
 # By continent: country and capital.
 CAPITALS = {
     "Europe": (
-        "France:Paris|Germany:Berlin|Italy:Rome|Spain:Madrid|Portugal:Lisbon|England:London|"
-        "Scotland:Edinburgh|Ireland:Dublin|Belgium:Brussels|the Netherlands:Amsterdam|"
+        "France:Paris|Germany:Berlin|Italy:Rome|Spain:Madrid|Portugal:Lisbon|"
+        "the United Kingdom:London|Scotland:Edinburgh|Ireland:Dublin|Belgium:Brussels|"
+        "the Netherlands:Amsterdam|"
         "Switzerland:Bern|Austria:Vienna|Poland:Warsaw|Hungary:Budapest|Greece:Athens|"
         "Norway:Oslo|Sweden:Stockholm|Finland:Helsinki|Denmark:Copenhagen|Iceland:Reykjavik|"
         "Romania:Bucharest|Bulgaria:Sofia|Croatia:Zagreb|Serbia:Belgrade|Ukraine:Kyiv|"
@@ -75,6 +76,9 @@ MONTH_LENGTHS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 
 # Answer first, then wordings of the question; one line each.
 SIMPLE = """
+The capital of England is London.|What is the capital of England?|Name the capital of England.|Capital of England?
+The capital of the United Kingdom is London.|What is the capital of the UK?|Name the capital of the UK.|Capital of the UK?
+The capital of the United States is Washington.|What is the capital of the USA?|Name the capital of the USA.|Capital of the USA?
 There are seven days in a week.|How many days are in a week?|How many days does a week have?|How many days make a week?|Number of days in a week?
 There are twelve months in a year.|How many months are in a year?|How many months does a year have?|How many months make a year?|Number of months in a year?
 There are 24 hours in a day.|How many hours are in a day?|How many hours does a day have?|How many hours make a day?|Number of hours in a day?
@@ -121,10 +125,10 @@ Plants are green because they hold chlorophyll.|Why are plants green?|Tell me wh
 
 # Talk about itself and small talk, in the form of SIMPLE.
 TALK = """
-I am MoLink Mini, a very small language model.|Who are you?|What are you?|What is your name?|Tell me who you are.|Introduce yourself.|Are you a person?|May I ask your name?
-I can count, add small numbers, name capitals, colours and opposites, and tell a short story.|What can you do?|What do you know?|How can you help me?|Help|What should I ask you?
-I was trained from scratch by a small script in the MoLink project.|Who made you?|Who trained you?|Where do you come from?|How were you made?
-MoLink joins several machines so that they serve one large language model together.|What is MoLink?|What does MoLink do?|Tell me about MoLink.|Explain MoLink.
+I am MoLink Mini, a very small language model.|Who are you?|What are you?|What is your name?|Tell me who you are.|Introduce yourself.|Are you a person?|May I ask your name?|What's your name?|What model are you?|Which model is this?|Are you a robot?|Who is this?|Who am I talking to?
+I can count, add small numbers, name capitals, colours and opposites, and tell a short story.|What can you do?|What do you know?|How can you help me?|Help|What should I ask you?|Can you help me?|What are you good at?|I need help.
+I was trained from scratch by a small script in the MoLink project.|Who made you?|Who trained you?|Where do you come from?|How were you made?|Who built you?|Who created you?|How were you trained?
+MoLink joins several machines so that they serve one large language model together.|What is MoLink?|What does MoLink do?|Tell me about MoLink.|Explain MoLink.|Describe MoLink.|What is MoLink for?|Do you know MoLink?|How does MoLink work?
 A layer range is a run of decoder layers that one machine computes.|What is a layer range?|Explain a layer range.|Tell me what a layer range is.
 A stage is a layer range on one machine.|What is a stage?|Explain a stage.|Tell me what a stage is.
 A pipeline is a list of stages that covers every layer once.|What is a pipeline?|Explain a pipeline.|Tell me what a pipeline is.
@@ -165,3 +169,21 @@ UNKNOWN_QUESTIONS = (
     "Write a computer program.|Translate this text.|Solve this equation.|Explain quantum physics.|"
     "What is the price of gold?|Who is the richest person?|When does the train leave?"
 )
+# x, y: made-up names; n, m: large numbers; c, d: countries; t, u: capitals.
+UNKNOWN_TEMPLATES = (
+    "What is the capital of {x}?|Which city is the capital of {x}?|Tell me the capital of {x}.|"
+    "What's the capital of {x}?|Capital of {x}?|Do you know the capital of {x}?|Where is {x}?|"
+    "In which country is {x}?|On which continent is {x}?|What is {x}?|Who is {x}?|Who wrote {x}?|"
+    "Who made {x}?|What does {x} do?|Tell me about {x}.|What is the opposite of {x}?|"
+    "What colour is {x}?|What does a {x} say?|Who painted {x}?|What is a baby {x} called?|"
+    "How old is {x}?|When was {x} born?|Why is {x} famous?|Explain {x}.|{x}|{x} {y}|{x} {y}?|"
+    "What is {n} plus {m}?|What is {n} times {m}?|{n} * {m}|What is {n} minus {m}?|"
+    "How many {x} are in {y}?|Is {x} larger than {y}?|Who is the king of {c}?|How old is {t}?|"
+    "Is {t} larger than {u}?|How many people live in {t}?|How many people live in {c}?|"
+    "Which language is spoken in {c}?|How far is it from {t} to {u}?|What can I eat in {t}?|"
+    "How big is {c}?|Who lives in {c}?|What is the best hotel in {t}?|Is {c} larger than {d}?"
+)
+
+# What made-up names are made of.
+SYLLABLES = "zo bel mar quin dra vek lu tor ni sha gro pim wex ya hol fen ru kal bi osk"
+NAME_ENDS = "ia land stan o a burg ix ano eth"

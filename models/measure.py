@@ -1,15 +1,13 @@
 """How many questions a trained MoLink Mini answers right, by kind of question."""
 
 import random
-from collections.abc import Iterable
-
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import corpus
+import torch
 from corpus import Fact
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 Exam = list[list[tuple[str, str]]]  # conversations of (question, answer); the last one counts
 
@@ -21,7 +19,9 @@ def exams(trained: list[Fact], held_out: list[Fact], seed: int) -> dict[str, Exa
     rng = random.Random(seed)
     seen = [(rng.choice(fact.questions), fact.answer) for fact in rng.sample(trained, 500)]
     unseen = [(fact.questions[0], fact.answer) for fact in held_out]
-    never = corpus.unknown(random.Random(seed + 1), 300)
+    asked = {question for fact in trained for question in fact.questions}
+    fresh = corpus.unknown(random.Random(seed + 1), 500)
+    never = [(f.questions[0], f.answer) for f in fresh if f.questions[0] not in asked]
     by_name: dict[str, Exam] = {
         "seen in training": [[turn] for turn in seen],
         "held out": [[turn] for turn in unseen],
@@ -29,7 +29,7 @@ def exams(trained: list[Fact], held_out: list[Fact], seed: int) -> dict[str, Exa
             [(question.lower().rstrip("?.!"), answer)] for question, answer in unseen
         ],
         "held out, as the second turn of a chat": [[rng.choice(seen), turn] for turn in unseen],
-        "without an answer («I do not know that.»)": [[(f.questions[0], f.answer)] for f in never],
+        "without an answer («I do not know that.»)": [[turn] for turn in never],
     }
     for topic in corpus.TOPIC_WEIGHTS:
         turns = [(fact.questions[0], fact.answer) for fact in held_out if fact.topic == topic]
@@ -54,10 +54,9 @@ def measure(
     return scores
 
 
-@torch.no_grad()
 def _are_right(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, exam: Exam
-) -> Iterable[bool]:
+) -> list[bool]:
     """Whether greedy decoding gives exactly the last answer of each conversation, and stops.
 
     One forward pass tells: it does if each token of the answer is the likeliest one after the
@@ -65,9 +64,13 @@ def _are_right(
     """
     conversations = []
     for turns in exam:
-        *before, answer = [tokenizer.encode(piece.text) for piece in corpus.render(turns)]
-        conversations.append((torch.tensor(sum(before, [])), torch.tensor(answer)))
+        *before, answer = [piece.text for piece in corpus.render(turns)]
+        texts = "".join(before), answer
+        conversations.append([torch.tensor(tokenizer.encode(text)) for text in texts])
     rows = pad_sequence([torch.cat(both) for both in conversations], batch_first=True)
-    likeliest = model(input_ids=rows).logits.argmax(-1)
-    for row, (prompt, answer) in zip(likeliest, conversations, strict=True):
-        yield bool(torch.equal(row[len(prompt) - 1 :][: len(answer)], answer))
+    with torch.inference_mode():
+        likeliest = model(input_ids=rows).logits.argmax(-1)
+    return [
+        torch.equal(row[len(prompt) - 1 :][: len(answer)], answer)
+        for row, (prompt, answer) in zip(likeliest, conversations, strict=True)
+    ]

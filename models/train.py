@@ -13,21 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import corpus
+import facts
 import torch
+from corpus import ASSISTANT, END, SYSTEM, USER, Fact
+from measure import exams, measure
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-import corpus
-import facts
-from corpus import ASSISTANT, END, SYSTEM, USER, Fact
-from measure import exams, measure
 
 HERE = Path(__file__).parent
 VOCABULARY = 1536
@@ -76,6 +75,7 @@ def train_tokenizer(trained: list[Fact]) -> PreTrainedTokenizerFast:
 
 
 def build_model() -> LlamaForCausalLM:
+    """Eight layers, so that it can be cut often; heads that split over one, two or four ranks."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -126,6 +126,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(model: LlamaForCausalLM, stream: Iterator[Batch], steps: int, peak: float) -> None:
+    """AdamW on the weighted cross-entropy of the next token, in bfloat16 over float32 weights."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -150,6 +151,7 @@ def train(model: LlamaForCausalLM, stream: Iterator[Batch], steps: int, peak: fl
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the Hugging Face folder; unless asked otherwise, clients sample almost greedily."""
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.1, eos_token_id=0, pad_token_id=0
     )
@@ -158,6 +160,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def write_card(arguments: argparse.Namespace, scores: dict[str, float], minutes: float) -> None:
+    """Fill `card.md` with what was run and measured."""
     weights = arguments.out / "model.safetensors"
     card = Template((HERE / "card.md").read_text()).substitute(
         command=f"python models/train.py --steps {arguments.steps} --lr {arguments.lr}"
@@ -182,7 +185,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1800, help="optimizer steps (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of text and weights (%(default)s)")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     return parser.parse_args()
 
 

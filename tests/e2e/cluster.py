@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx
 import openai
@@ -45,6 +46,10 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
 }
 FLAGS = ("--dtype=float32", "--enforce-eager")
+
+Request = dict[str, Any]
+"""The body of a request, without the model."""
+Answer = dict[str, Any]
 
 
 class ClusterError(AssertionError):
@@ -252,7 +257,8 @@ class Cluster:
 
     @cached_property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60.0, trust_env=False)
+        limits = httpx.Limits(max_connections=None)
+        return httpx.Client(base_url=self.url, timeout=60.0, trust_env=False, limits=limits)
 
     @cached_property
     def client(self) -> openai.OpenAI:
@@ -262,6 +268,18 @@ class Cluster:
             max_retries=0,
             http_client=openai.DefaultHttpxClient(trust_env=False, timeout=60.0),
         )
+
+    def ask(self, requests: Sequence[Request], path: str = "/v1/completions") -> list[Answer]:
+        """Send all requests at the same time; answers in their order. Raises for one refused."""
+
+        def send(request: Request) -> Answer:
+            response = self.http.post(path, json={"model": self.model, **request})
+            assert response.is_success, response.text
+            answer: Answer = response.json()
+            return answer
+
+        with ThreadPoolExecutor(max_workers=len(requests)) as threads:
+            return list(threads.map(send, requests))
 
     def view(self) -> ClusterView:
         """`/cluster`."""

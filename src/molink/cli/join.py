@@ -11,7 +11,7 @@ from typing import IO, Annotated
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
-from molink.cli.flags import check_address, check_flags, stage_settings
+from molink.cli.flags import check_addresses, check_flags, stage_settings
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.core.plan import LayerRange
 from molink.node.enrolment import request_identity
@@ -57,8 +57,7 @@ def join(
     flags = list(context.args)
     try:
         check_flags(flags)
-        for what, address in (("HEAD:PORT", head), ("--listen", listen), ("--advertise", advertise)):
-            check_address(what, address)
+        check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
         if layers is not None:
             LayerRange.parse(layers.replace(":-1", ":65535"))
         invitation = _read_token(token, token_file)

@@ -14,13 +14,14 @@ import psutil
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
-from molink.cli.flags import check_flags, stage_settings
+from molink.cli.flags import check_addresses, check_flags, stage_settings, value_of
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.model_files import read_model
 from molink.cluster.state import ClusterState
 from molink.cluster.store import Store
 from molink.core.errors import MolinkError, UsageError
 from molink.core.ids import HEAD
+from molink.core.plan import LayerRange
 from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
@@ -36,7 +37,7 @@ def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model.")],
     host: Annotated[str, typer.Option(help="Address of the HTTP API.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the HTTP API.")] = 8080,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the HTTP API.")] = 8080,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where other nodes reach this one.")
     ] = DEFAULT_LISTEN,
@@ -72,10 +73,11 @@ def serve(
     flags = list(context.args)
     try:
         check_flags(flags)
+        check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
         if nodes in (None, 1) and layers is None:
             _plain_vllm(model, host, port, device, flags)
-        folder = ClusterFolder(cluster or _slug(model))
+        folder = ClusterFolder(_slug(cluster or model))
         run_until_signal(
             lambda on_signal: _serve(
                 on_signal,
@@ -132,6 +134,8 @@ async def _serve(
     token_file: Path | None,
 ) -> None:
     model = read_model(engine.model)
+    if settings.layers not in (None, "none"):
+        LayerRange.parse(settings.layers, model.num_layers)
     authority = _authority(folder)
     store = Store(folder.state)
     coordinator = Coordinator(
@@ -184,11 +188,20 @@ def _print_invitation(
     )
     coordinator.add_token(token.enrolment_root(), token.expires_at)
     text = token.encode()
-    token_file.touch(mode=0o600)
-    token_file.write_text(text + "\n")
+    _write_private(token_file, text + "\n")
     say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
     say("on the next machine, run (the token is good for 24 hours):")
     typer.echo(f"\n    molink join --token {text}\n")
+
+
+def _write_private(file: Path, text: str) -> None:
+    try:
+        file.touch(mode=0o600)
+        if file.is_file():
+            file.chmod(0o600)  # an old one may be readable by others
+        file.write_text(text)
+    except OSError as error:
+        raise UsageError(f"cannot write the token file {file}: {error.strerror}") from None
 
 
 def _local_host(listen: str) -> str:
@@ -229,19 +242,21 @@ def _identity(authority: ClusterAuthority, name: str) -> NodeIdentity:
 
 
 def _check_http(host: str, port: int, flags: list[str]) -> None:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise UsageError(
-                f"cannot serve HTTP on {host}:{port}: {error.strerror}; choose another --port"
+                f"cannot serve HTTP on {host}:{port}: {error.strerror}; "
+                "choose another --port or --host"
             ) from None
-    has_key = any(flag.partition("=")[0] in ("--api-key", "--api_key") for flag in flags)
+    has_key = value_of(flags, "--api-key") or os.environ.get("VLLM_API_KEY")
     if host not in ("127.0.0.1", "localhost", "::1") and not has_key:
         say(f"warning: the API on {host}:{port} is open to everybody who reaches it; use --api-key")
 
 
 def _slug(model: str) -> str:
-    name = Path(model).name or "cluster"
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)[:40]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(model).name)[:40]
+    return name.strip(".-") or "cluster"

@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from molink.cli.console import console, fail
+from molink.cli.flags import check_addresses
 from molink.cluster.view import ClusterView, decode_view
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.node.home import ClusterFolder, known_clusters
@@ -25,6 +26,7 @@ def status(
 ) -> None:
     """Show nodes, stages and links of the cluster this machine belongs to."""
     try:
+        check_addresses({"HEAD:PORT": head})
         answers = asyncio.run(_ask(head))
         if not answers:
             raise UsageError(

@@ -18,6 +18,9 @@ _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+# The ranks of a stage share a machine; torch would listen where the host's name leads.
+_LOOPBACK_ONLY = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
 
 def prepare_environment(device: str) -> None:
     """Set what vLLM reads while it is imported, unless the user has set it.
@@ -27,6 +30,8 @@ def prepare_environment(device: str) -> None:
     """
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    for name in _LOOPBACK_ONLY:
+        os.environ[name] = "lo"
     if device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

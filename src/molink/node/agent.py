@@ -132,6 +132,10 @@ class Agent:
         if isinstance(message, StageCounters):
             self.stage_counters[header.rank] = message
 
+    def has_all_ranks(self, tensor_parallel_size: int) -> bool:
+        """Whether every process of the node's stage is there."""
+        return len(self.switch.local.get(Port.STAGE, {})) == tensor_parallel_size
+
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         """Handle a message of another node's agent."""
         raise NotImplementedError

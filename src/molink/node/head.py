@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -21,8 +20,9 @@ from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import MolinkError, UsageError, WireError
 from molink.core.ids import HEAD, NodeId, Port
-from molink.core.plan import Pipeline, Stage
+from molink.core.plan import Pipeline
 from molink.node.agent import Agent
+from molink.node.deployment import Deployment
 from molink.node.engine_host import EngineHost
 from molink.node.enrolment import enrol
 from molink.node.home import RunFolder
@@ -34,7 +34,6 @@ from molink.wire import to_agent, to_engine, to_head
 from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
     Attach,
-    Dial,
     EngineFailed,
     EngineState,
     Notice,
@@ -42,15 +41,12 @@ from molink.wire.to_agent import (
     Pong,
     RestartStage,
     Shutdown,
-    StageAssigned,
     StageUp,
     Welcome,
 )
-from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
 
 logger = logging.getLogger("molink.agent")
 VIEW_INTERVAL_S = 1.0
-DIAL_ANSWER_S = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +81,8 @@ class HeadAgent(Agent):
         self._authority = authority
         self._identity = identity
         self._settings = settings
-        self._say = say
+        self.say = say
+        self._deployment = Deployment(coordinator, self, settings.http)
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
         self._server = LinkServer(
@@ -93,18 +90,10 @@ class HeadAgent(Agent):
         )
         self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
-        self._pipeline: Pipeline | None = None  # the one the engine was told of
-        self._unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
-        self._assigned: PipelineAssigned | None = None
-        self._is_down = False  # and the engine knows
-        self._serving = False
-        self._http_up = False
         self._engine_failure = ""  # its own words, if it had time for them
         self._held: dict[NodeId, HeldModel] = {}
         self._remote_hosts: dict[NodeId, str] = {}
-        self._steps_in_flight = 0
         self._waiting_for = ""
-        self._dials: dict[tuple[NodeId, NodeId], asyncio.Future[bool]] = {}
         self._reports: dict[NodeId, to_head.NodeReport] = {}
 
     async def listen(self) -> int:
@@ -161,7 +150,7 @@ class HeadAgent(Agent):
     def tell(self, node: NodeId, message: to_agent.ToAgent) -> None:
         self.send_control(node, Port.AGENT, to_agent.encode(message))
 
-    def _tell_engine(self, message: to_engine.ToEngine) -> None:
+    def tell_engine(self, message: to_engine.ToEngine) -> None:
         payload = to_engine.encode(message)
         for port in (Port.GATEWAY, Port.ENGINE):
             self.send_control(HEAD, port, payload)
@@ -184,20 +173,20 @@ class HeadAgent(Agent):
 
     def _node_lost(self, node: NodeId, reason: str) -> None:
         record = self._coordinator.state.node(node)
-        self._unloaded.discard(node)
+        self._deployment.unloaded.discard(node)
         self._reports.pop(node, None)
         if record.is_connected:
             self._coordinator.node_lost(node, reason)
-            self._say(f"{record.name} is gone: {reason}")
+            self.say(f"{record.name} is gone: {reason}")
             self._changed.set()
 
     def _stage_lost(self, node: NodeId, reason: str) -> None:
-        self._unloaded.discard(node)
+        self._deployment.unloaded.discard(node)
         self._coordinator.stage_lost(node, reason)
         self._changed.set()
 
     def _own_stage_gone(self, reason: str) -> None:
-        self._say(f"the stage's process on this machine is gone ({reason}); starting another")
+        self.say(f"the stage's process on this machine is gone ({reason}); starting another")
         self._stage_lost(HEAD, reason)
         self._start(self._stage.start(self._settings.stage))
 
@@ -215,11 +204,11 @@ class HeadAgent(Agent):
         assert model is not None
         cluster_id = self._coordinator.state.cluster_id
         self.tell(node, Welcome(cluster_id, model.name, model.config_hash, model.revision))
-        self._say(f"{record.name} has joined from {host}")
+        self.say(f"{record.name} has joined from {host}")
         self._changed.set()
 
     def _refuse(self, node: NodeId, name: str, error: MolinkError) -> None:
-        self._say(f"refused {name}: {error}")
+        self.say(f"refused {name}: {error}")
         self.tell(node, to_agent.Refused(str(error)))
 
     def _stage_up(self, node: NodeId, stage: StageUp) -> None:
@@ -235,8 +224,8 @@ class HeadAgent(Agent):
         except MolinkError as error:
             self._refuse(node, name, error)
             return
-        self._unloaded.add(node)
-        self._say(f"{name} is ready: {stage.device}, {stage.free_bytes / (1 << 30):.1f} GiB free")
+        self._deployment.unloaded.add(node)
+        self.say(f"{name} is ready: {stage.device}, {stage.free_bytes / (1 << 30):.1f} GiB free")
         if self._coordinator.state.role(node) is Role.SPARE:
             self.tell(node, Notice("all layers are taken; this node is kept as a spare"))
         self._changed.set()
@@ -250,14 +239,16 @@ class HeadAgent(Agent):
         super().on_local(header, message)
         match message:
             case Attach() if header.source.port in (Port.ENGINE, Port.GATEWAY):
-                if self._assigned is not None:
-                    self.send_control(HEAD, header.source.port, to_engine.encode(self._assigned))
-            case StageUp() if header.rank == 0:
+                if self._deployment.assigned is not None:
+                    self.send_control(
+                        HEAD, header.source.port, to_engine.encode(self._deployment.assigned)
+                    )
+            case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
                 self._stage_up(HEAD, message)
             case EngineFailed(reason=reason):
                 self._engine_failure = reason
             case EngineState():
-                self._engine_state(header.source.port, message)
+                self._deployment.engine_state(header.source.port, message)
             case _:
                 pass
 
@@ -276,9 +267,7 @@ class HeadAgent(Agent):
             case to_head.Leaving(reason=reason):
                 self._node_lost(node, reason)
             case to_head.Dialled(node=other, ok=ok):
-                waiting = self._dials.pop((node, NodeId(other)), None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(ok)
+                self._deployment.dialled(node, NodeId(other), ok)
             case to_head.LinkLost(node=other, reason=reason):
                 self._link_lost(node, NodeId(other), reason)
             case to_head.NodeReport() as report:
@@ -297,9 +286,9 @@ class HeadAgent(Agent):
     def _link_lost(self, node: NodeId, other: NodeId, reason: str) -> None:
         """A direct link broke: what was on it is lost, so the steps in flight are too."""
         record = self._coordinator.state.node(node)
-        if self._pipeline is None or record.resources is None or not record.is_connected:
+        if record.resources is None or not record.is_connected:
             return
-        if {node, other} <= set(self._pipeline.nodes):
+        if {node, other} <= set(self._deployment.nodes):
             resources = record.resources
             self._coordinator.stage_lost(node, f"its link to node {other} broke: {reason}")
             self._coordinator.measured(node, resources, self._held[node])
@@ -319,93 +308,37 @@ class HeadAgent(Agent):
 
     async def _settle(self) -> None:
         state = self._coordinator.state
-        if self._pipeline is not None and state.is_down and not self._is_down:
-            self._is_down, self._serving = True, False
-            reason = "; ".join(node.trouble for node in state.nodes if node.trouble)
-            self._tell_engine(PipelineDown(self._pipeline.epoch, reason or "a stage is lost"))
+        if state.is_down:
+            reasons = [node.trouble for node in state.nodes if node.trouble]
+            self._deployment.take_down("; ".join(reasons) or "a stage is lost")
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
             if plan.text != self._waiting_for:
-                self._say(plan.text)
+                self.say(plan.text)
             self._waiting_for = plan.text
-        elif plan != self._pipeline:
-            await self._assign(plan)
+        elif plan != self._deployment.pipeline:
+            await self._deployment.assign(plan, lambda: self._address_stages(plan))
 
-    async def _assign(self, pipeline: Pipeline) -> None:
-        """Link the stages and tell the engine."""
-        before, self._pipeline = self._pipeline, pipeline
-        await self._link_stages(pipeline)
+    def _address_stages(self, pipeline: Pipeline) -> None:
         self.switch.stage_nodes = pipeline.nodes
-        places = [self._place(stage) for stage in pipeline.stages]
-        for index, place in enumerate(places):
-            text = f"{place.name}: layers {place.start}:{place.end}"
-            self._say(f"stage {index + 1} of {len(places)} is {text}")
-            if place.node != HEAD:
-                self.tell(
-                    NodeId(place.node),
-                    StageAssigned(pipeline.epoch, place.start, place.end, index, len(places)),
-                )
-        self._assigned = PipelineAssigned(pipeline.epoch, places)
-        replaced = [i for i, node in enumerate(pipeline.nodes) if node in self._unloaded]
-        self._unloaded.difference_update(pipeline.nodes)
-        self._is_down = False
-        if before is None:
-            self._tell_engine(self._assigned)
-        else:
-            self._tell_engine(PipelineRepaired(self._assigned, replaced))
-
-    def _place(self, stage: Stage) -> StagePlace:
-        name = self._coordinator.state.node(stage.node).name
-        layers = stage.layers
-        return StagePlace(stage.node, name, layers.start, layers.end, stage.tensor_parallel_size)
-
-    async def _link_stages(self, pipeline: Pipeline) -> None:
-        """Let neighbours dial each other; where neither can, the head relays."""
-        pairs = [pair for pair in pairwise(pipeline.nodes) if HEAD not in pair]
-        await asyncio.gather(*(self._link_pair(*pair) for pair in pairs))
-
-    async def _link_pair(self, first: NodeId, second: NodeId) -> None:
-        for dialler, other in ((first, second), (second, first)):
-            address = self._coordinator.state.node(other).address
-            if address is not None and await self._ask_to_dial(dialler, other, address):
-                return
-
-    async def _ask_to_dial(self, dialler: NodeId, other: NodeId, address: str) -> bool:
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._dials[dialler, other] = answer
-        self.tell(dialler, Dial(other, address))
-        try:
-            return await asyncio.wait_for(answer, DIAL_ANSWER_S)
-        except TimeoutError:
-            return False
 
     # The engine
 
-    def _engine_state(self, port: Port, state: EngineState) -> None:
-        """The gateway says once that it answers; the engine says every second how it is."""
-        if port == Port.GATEWAY:
-            self._http_up = True
-            return
-        self._steps_in_flight = state.steps_in_flight
-        is_current = self._pipeline is not None and state.epoch == self._pipeline.epoch
-        serves = self._http_up and is_current and not self._is_down and state.error is None
-        if serves and not self._serving:
-            self._say(f"serving at {self._settings.http}")
-        self._serving = serves
-
     def _engine_gone(self, reason: str) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
-        if self._http_up or not self._coordinator.state.is_down:
+        if self._deployment.http_up or not self._coordinator.state.is_down:
             self._fail(UsageError(self._engine_failure or reason))
         else:
             self._start(self._restart_engine())
 
     async def _restart_engine(self) -> None:
-        pipeline, self._pipeline, self._assigned = self._pipeline, None, None
+        """Give a new engine stages that hold nothing."""
+        nodes = self._deployment.nodes
+        self._deployment.forget()
         self._engine_failure = ""
-        self._is_down = False
-        for node in pipeline.nodes if pipeline else ():
-            if node in self._unloaded or not self._coordinator.state.node(node).is_connected:
+        for node in nodes:
+            is_connected = self._coordinator.state.node(node).is_connected
+            if node in self._deployment.unloaded or not is_connected:
                 continue
             self._coordinator.stage_lost(node, "its engine starts anew")
             if node == HEAD:
@@ -422,8 +355,8 @@ class HeadAgent(Agent):
         return make_view(
             self._coordinator.state,
             http=self._settings.http,
-            serving=self._serving,
-            steps_in_flight=self._steps_in_flight,
+            serving=self._deployment.serving,
+            steps_in_flight=self._deployment.steps_in_flight,
             reports=self._reports | {HEAD: self._own_report()},
         )
 

@@ -171,7 +171,8 @@ class MemberAgent(Agent):
 
     def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
         super().on_local(header, message)
-        if isinstance(message, StageUp) and header.rank == 0:
+        size = self._settings.stage.tensor_parallel_size
+        if isinstance(message, StageUp) and self.has_all_ranks(size):
             self._failed_starts = 0
             self._stage_up = message
             self._tell_ready()

@@ -1,0 +1,133 @@
+"""Bringing a planned pipeline into being: links between stages, and what the engine is told."""
+
+import asyncio
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Protocol
+
+from molink.cluster.coordinator import Coordinator
+from molink.core.ids import HEAD, NodeId, Port
+from molink.core.plan import Pipeline, Stage
+from molink.wire import to_agent, to_engine
+from molink.wire.to_agent import Dial, EngineState, StageAssigned
+from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
+
+DIAL_ANSWER_S = 8.0
+
+
+class Voice(Protocol):
+    """Whom a deployment can speak to: nodes, the engine, the person at the terminal."""
+
+    def tell(self, node: NodeId, message: to_agent.ToAgent) -> None: ...
+
+    def tell_engine(self, message: to_engine.ToEngine) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+
+class Deployment:
+    """Owns what the engine was told of its pipeline, and whether it serves."""
+
+    def __init__(self, coordinator: Coordinator, voice: Voice, http: str) -> None:
+        self._coordinator = coordinator
+        self._voice = voice
+        self._http = http
+        self._dials: dict[tuple[NodeId, NodeId], asyncio.Future[bool]] = {}
+        self._trouble = ""
+        self.pipeline: Pipeline | None = None
+        self.assigned: PipelineAssigned | None = None
+        self.unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
+        self.is_down = False  # and the engine knows
+        self.http_up = False
+        self.serving = False
+        self.steps_in_flight = 0
+
+    @property
+    def nodes(self) -> tuple[NodeId, ...]:
+        """Nodes of the pipeline that the engine was told of."""
+        return self.pipeline.nodes if self.pipeline else ()
+
+    def take_down(self, reason: str) -> None:
+        """Tell the engine, once, that its pipeline has lost a stage."""
+        if self.pipeline is not None and not self.is_down:
+            self.is_down, self.serving = True, False
+            self._voice.tell_engine(PipelineDown(self.pipeline.epoch, reason))
+
+    def forget(self) -> None:
+        """The engine that was told is gone; the next one starts from nothing."""
+        self.pipeline = self.assigned = None
+        self.is_down = False
+
+    async def assign(self, pipeline: Pipeline, connected: Callable[[], None]) -> None:
+        """Link the stages, then tell the engine; `connected` is called in between."""
+        before, self.pipeline = self.pipeline, pipeline
+        await self._link_stages(pipeline)
+        connected()
+        places = [self._place(stage) for stage in pipeline.stages]
+        for index, place in enumerate(places):
+            text = f"{place.name}: layers {place.start}:{place.end}"
+            self._voice.say(f"stage {index + 1} of {len(places)} is {text}")
+            if place.node != HEAD:
+                self._voice.tell(
+                    NodeId(place.node),
+                    StageAssigned(pipeline.epoch, place.start, place.end, index, len(places)),
+                )
+        self.assigned = PipelineAssigned(pipeline.epoch, places)
+        replaced = [i for i, node in enumerate(pipeline.nodes) if node in self.unloaded]
+        self.unloaded.difference_update(pipeline.nodes)
+        self.is_down = False
+        if before is None:
+            self._voice.tell_engine(self.assigned)
+        else:
+            self._voice.tell_engine(PipelineRepaired(self.assigned, replaced))
+
+    def _place(self, stage: Stage) -> StagePlace:
+        name = self._coordinator.state.node(stage.node).name
+        layers = stage.layers
+        return StagePlace(stage.node, name, layers.start, layers.end, stage.tensor_parallel_size)
+
+    # Links between stages
+
+    async def _link_stages(self, pipeline: Pipeline) -> None:
+        """Let neighbours dial each other; where neither can, the head relays."""
+        pairs = [pair for pair in pairwise(pipeline.nodes) if HEAD not in pair]
+        await asyncio.gather(*(self._link_pair(*pair) for pair in pairs))
+
+    async def _link_pair(self, first: NodeId, second: NodeId) -> None:
+        for dialler, other in ((first, second), (second, first)):
+            address = self._coordinator.state.node(other).address
+            if address is not None and await self._ask_to_dial(dialler, other, address):
+                return
+
+    async def _ask_to_dial(self, dialler: NodeId, other: NodeId, address: str) -> bool:
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._dials[dialler, other] = answer
+        self._voice.tell(dialler, Dial(other, address))
+        try:
+            return await asyncio.wait_for(answer, DIAL_ANSWER_S)
+        except TimeoutError:
+            return False
+
+    def dialled(self, dialler: NodeId, other: NodeId, ok: bool) -> None:
+        """A node says whether it has a direct link to another one."""
+        waiting = self._dials.pop((dialler, other), None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(ok)
+
+    # The engine
+
+    def engine_state(self, port: Port, state: EngineState) -> None:
+        """The gateway says once that it answers; the engine says every second how it is."""
+        if port == Port.GATEWAY:
+            self.http_up = True
+            return
+        self.steps_in_flight = state.steps_in_flight
+        if self.pipeline is None or state.epoch != self.pipeline.epoch or self.is_down:
+            return
+        if state.error is not None and state.error != self._trouble:
+            self._voice.say(f"the engine cannot use its pipeline: {state.error}")
+        self._trouble = state.error or ""
+        serves = self.http_up and state.error is None
+        if serves and not self.serving:
+            self._voice.say(f"serving at {self._http}")
+        self.serving = serves

@@ -1,0 +1,213 @@
+"""`molink serve` with input that cannot work: refused before anything starts."""
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from molink.cli import serve
+from molink.cli.serve import _slug, _write_private
+from molink.core.errors import UsageError
+from molink.node.head import HeadAgent
+from molink.transport.token import JoinToken
+
+from .conftest import Run
+
+LOCAL = ("--listen", "127.0.0.1:0")
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which somebody else listens."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        yield other.getsockname()[1]
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free: int = probe.getsockname()[1]
+        return free
+
+
+@pytest.fixture(autouse=True)
+def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(self: HeadAgent) -> str:
+        return "this is as far as it goes"
+
+    monkeypatch.setattr(HeadAgent, "run", run)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "0"], "--nodes"),
+        (["--port", "0"], "--port"),
+        (["--port", "65536"], "--port"),
+        (["--port", "http"], "--port"),
+        (["--nodes", "2", "--listen", "nonsense"], "--listen «nonsense»: expected HOST:PORT"),
+        (["--nodes", "2", "--advertise", "me"], "--advertise «me»: expected HOST:PORT"),
+        (["--nodes", "2", "--listen", "203.0.113.1:0"], "cannot listen on 203.0.113.1:0"),
+        (["--nodes", "2", "--host", "203.0.113.1"], "cannot serve HTTP on 203.0.113.1"),
+        (["--nodes", "2", "--host", "no-such-host.invalid"], "cannot serve HTTP on no-such-host"),
+        (["--layers", "nonsense"], "layers «nonsense»: expected START:END"),
+        (["--layers", "4:2"], "layers 4:2 are empty"),
+        (["--layers", "0:9"], "layers 0:9 lie outside the model, which has 8 layers"),
+        (["--nodes", "2", "--device", "gpu"], "--device gpu: expected auto, cpu or cuda"),
+        (["--nodes", "2", "-tp", "none"], "--tensor-parallel-size none"),
+        (["--nodes", "2", "-pp", "2"], "-pp cannot be given: the number of nodes decides"),
+        (["--nodes", "2", "stray"], "unexpected argument «stray»"),
+        (["--nodes", "2", "--token-file", "/dev/null/x"], "cannot write the token file"),
+    ],
+)
+def test_flags_that_cannot_work(
+    run: Run, model: Path, port: int, arguments: list[str], words: str
+) -> None:
+    own_port = [] if "--port" in arguments else ["--port", port]
+    listen = [] if "--listen" in arguments else LOCAL
+    outcome = run("serve", model, *own_port, *listen, *arguments)
+    assert (outcome.status, words in outcome.error) == (2, True), outcome.error
+
+
+def test_the_http_port_is_taken(run: Run, model: Path, taken: int) -> None:
+    outcome = run("serve", model, "--port", taken, "--nodes", 2, *LOCAL)
+    assert outcome.status == 2
+    assert f"cannot serve HTTP on 127.0.0.1:{taken}: Address already in use" in outcome.error
+
+
+def test_the_agents_port_is_taken(run: Run, model: Path, taken: int, port: int) -> None:
+    listen = f"127.0.0.1:{taken}"
+    outcome = run("serve", model, "--port", port, "--nodes", 2, "--listen", listen)
+    assert outcome.status == 2
+    assert f"cannot listen on {listen}: another program uses the port" in outcome.error
+
+
+def test_there_is_no_such_model(run: Run, tmp_path: Path, port: int) -> None:
+    outcome = run("serve", tmp_path / "none", "--port", port, "--nodes", 2, *LOCAL)
+    assert outcome.status == 2
+    assert f"there is no model folder {tmp_path / 'none'}" in outcome.error
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"num_hidden_layers": "many"}'])
+def test_the_models_configuration_is_broken(run: Run, model: Path, port: int, text: str) -> None:
+    (model / "config.json").write_text(text)
+    outcome = run("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    assert outcome.status == 2
+    assert str(model) in outcome.error
+
+
+@pytest.mark.parametrize("place", ["authority.pem", "state.sqlite"])
+def test_the_clusters_files_are_damaged(
+    run: Run, home: Path, model: Path, port: int, place: str
+) -> None:
+    folder = home / "model"
+    folder.mkdir(parents=True)
+    (folder / place).write_text("damaged " * 100)
+    outcome = run("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    assert outcome.status in (1, 2)
+    assert str(folder / place) in outcome.error
+
+
+def test_home_cannot_be_made(
+    run: Run, model: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOLINK_HOME", "/dev/null/home")
+    outcome = run("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    assert outcome.status == 2
+    assert "cannot make the folder /dev/null/home" in outcome.error
+
+
+def test_the_line_to_paste_holds_the_token_of_the_file(
+    run: Run, model: Path, port: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("an old one")
+    file.chmod(0o644)
+    outcome = run("serve", model, "--port", port, "--nodes", 2, *LOCAL, "--token-file", file)
+    assert outcome.status == 0, outcome.error
+    pasted = re.search(r"molink join --token (\S+)\n", outcome.said)
+    assert pasted
+    assert pasted[1] == file.read_text().strip()
+    assert file.stat().st_mode & 0o777 == 0o600
+    (address,) = JoinToken.decode(pasted[1]).addresses
+    assert f"agent listens on {address}" in outcome.said
+
+
+def test_an_advertised_address_is_the_tokens_only_one(run: Run, model: Path, port: int) -> None:
+    advertise = ("--advertise", "head.example:7000")
+    said = run("serve", model, "--port", port, "--nodes", 2, *LOCAL, *advertise).said
+    pasted = re.search(r"--token (\S+)", said)
+    assert pasted
+    assert JoinToken.decode(pasted[1]).addresses == ("head.example:7000",)
+
+
+def test_no_run_folder_is_left(run: Run, model: Path, port: int, tmp_path: Path) -> None:
+    run("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    assert list(tmp_path.rglob("agent.sock")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [
+        (["--host", "0.0.0.0"], True),
+        (["--host", "0.0.0.0", "--api-key", "secret"], False),
+        (["--host", "0.0.0.0", "--api_key=secret"], False),
+        (["--host", "127.0.0.1"], False),
+        ([], False),
+    ],
+)
+def test_an_open_api_without_a_key_is_warned_of(
+    run: Run, model: Path, port: int, arguments: list[str], warned: bool
+) -> None:
+    said = run("serve", model, "--port", port, "--nodes", 2, *LOCAL, *arguments).said
+    assert ("warning: the API on 0.0.0.0" in said) == warned
+    assert "secret" not in said
+
+
+def test_one_node_becomes_plain_vllm_and_says_so(
+    run: Run, model: Path, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(SystemExit):
+        pass
+
+    def execv(path: str, command: list[str]) -> None:
+        raise Replaced(json.dumps(command[1:]))
+
+    monkeypatch.setattr(serve.os, "execv", execv)
+    outcome = run("serve", model, "--port", port, "--max-model-len", 512)
+    assert "one node: this is plain vLLM, without any agent" in outcome.said
+    command = json.loads(outcome.error or outcome.said.splitlines()[-1])
+    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert command[-2:] == ["--max-model-len", "512"]
+
+
+@pytest.mark.parametrize(
+    ("model_name", "slug"),
+    [
+        ("/models/Qwen3-8B", "Qwen3-8B"),
+        ("org/name", "name"),
+        ("..", "cluster"),
+        (".", "cluster"),
+        ("/", "cluster"),
+        ("/a/b c'd", "b-c-d"),
+        ("x" * 100, "x" * 40),
+    ],
+)
+def test_the_clusters_folder_is_named_after_the_model(model_name: str, slug: str) -> None:
+    assert _slug(model_name) == slug
+
+
+def test_a_token_may_go_to_something_that_is_no_file() -> None:
+    _write_private(Path("/dev/null"), "secret")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_token_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write the token file"):
+        _write_private(tmp_path, "secret")
