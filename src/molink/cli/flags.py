@@ -24,8 +24,8 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
 def check_addresses(addresses: dict[str, str | None]) -> None:
     """Raises UsageError for a value that is not HOST:PORT; an IPv6 host is in brackets."""
     for name, text in addresses.items():
-        match = _ADDRESS.fullmatch(text or "none:0")
-        if not match or int(match[2]) >= 1 << 16:
+        match = text is not None and _ADDRESS.fullmatch(text)
+        if text is not None and not (match and int(match[2]) < 1 << 16):
             raise UsageError(f"{name} «{text}»: expected HOST:PORT, for example 192.168.1.5:7171")
 
 

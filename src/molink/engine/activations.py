@@ -56,7 +56,7 @@ def sender_for(device_type: str, emit: Emit) -> Sender:
 
 
 class CpuSender:
-    """Outputs already lie in host memory, in tensors that nobody writes again."""
+    """Outputs already lie in host memory, and have left it, or were copied, when `emit` returns."""
 
     def __init__(self, emit: Emit) -> None:
         self._emit = emit

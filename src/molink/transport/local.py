@@ -57,8 +57,9 @@ class LocalSocket:
     ) -> None:
         """Send one message made of `parts`; returns before it has left.
 
-        The caller leaves the parts' memory unchanged; the socket keeps it alive. When the agent is
-        gone nothing leaves any more; `receive` says so.
+        The parts' memory may be written again at once: what the kernel has not taken is copied
+        (a middle stage's output is the buffer of its next input). When the agent is gone nothing
+        leaves any more; `receive` says so.
         """
         pieces: list[memoryview] = []
         for header, piece in cut(
@@ -124,7 +125,7 @@ class _Outbox:
             if not self._pending and not self._closed:
                 pieces = self._try_send(pieces)
             if pieces and not self._closed:
-                self._pending.extend(pieces)
+                self._pending.extend(memoryview(bytes(piece)) for piece in pieces)
                 self._changed.notify()
 
     def _try_send(self, pieces: list[memoryview]) -> list[memoryview]:

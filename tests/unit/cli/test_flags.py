@@ -53,7 +53,7 @@ def test_the_last_value_of_a_flag_counts_in_any_spelling(
 
 
 @pytest.mark.parametrize(
-    "address", ["127.0.0.1:0", "host.example:7171", "[::1]:7171", "[fe80::1%eth0]:65535", None]
+    "address", ["127.0.0.1:0", "host.example:7171", "[::1]:7171", "[fe80::1%2]:65535", None]
 )
 def test_addresses(address: str | None) -> None:
     check_addresses({"--listen": address})
