@@ -72,6 +72,8 @@ def serve(
     """
     flags = list(context.args)
     try:
+        if model.startswith("-"):
+            raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
         check_flags(flags)
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)

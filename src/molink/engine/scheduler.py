@@ -1,5 +1,6 @@
-"""PipelineScheduler: vLLM's scheduler, which also settles steps that were lost."""
+"""PipelineScheduler: vLLM's scheduler, for a pipeline whose stages may be lost."""
 
+from itertools import chain
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -11,15 +12,19 @@ from vllm.v1.request import Request, RequestStatus
 from molink.core.errors import WireError
 from molink.engine.lost import LostStep
 from molink.engine.types import build_codec
+from molink.planning.chunks import pending_that_fills, prefill_tokens_per_step
 
 
 class PipelineScheduler(Scheduler):
-    """While the pipeline is down, every request ends with an error instead of the engine."""
+    """Cuts prefill so that all stages have work early; ends requests whose pipeline is lost."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._codec = build_codec()
         self._refused: list[Request] = []
+        self._num_stages: int = self.parallel_config.pipeline_parallel_size
+        self._max_tokens: int = self.max_num_scheduled_tokens
+        self._enough = pending_that_fills(self._max_tokens, self._num_stages)
 
     def add_request(self, request: Request) -> None:
         """Take a request, or end it at once if its parameters cannot cross the wire.
@@ -33,6 +38,26 @@ class PipelineScheduler(Scheduler):
             self._codec.encode([[[[[request.sampling_params, request.pooling_params]]]]])
         except WireError:
             self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self.max_num_scheduled_tokens = self._token_budget()
+        return super().schedule(throttle_prefills)
+
+    def _token_budget(self) -> int:
+        """All decodes that are ready, and as much prefill as lets every stage start early."""
+        if not self.scheduler_config.enable_chunked_prefill:
+            return self._max_tokens
+        num_decodes, pending = 0, 0
+        for request in chain(self.running, self.waiting):
+            num_tokens = request.num_tokens - request.num_computed_tokens
+            if num_tokens == 1:
+                num_decodes += 1
+            else:
+                pending += num_tokens
+            if pending > self._enough:
+                break
+        budget = num_decodes + prefill_tokens_per_step(pending, self._num_stages)
+        return max(1, min(budget, self._max_tokens))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
