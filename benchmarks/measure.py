@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import psutil
 import uvloop
 from contestants import Contestant
 from models import Subject
@@ -31,7 +32,7 @@ class Sample:
     cpu_s: dict[str, float]  # by process, the client's too
     link_bytes_per_token: float | None  # of tokens that passed the layers; over all links
     stage_compute_s: dict[str, float]  # wall seconds inside steps, waiting for a core counted
-    idle_servers_cpu_s: float  # what servers not measured used meanwhile
+    elsewhere_cpu_s: float  # used by, or stolen from, the machine by anything else
 
     def figures(self) -> dict[str, float]:
         """What is compared, flat."""
@@ -46,6 +47,7 @@ class Sample:
             flat["link bytes/token"] = self.link_bytes_per_token
         for role, seconds in sorted(self.cpu_s.items()):
             flat[f"CPU s, {role}"] = seconds
+        flat["CPU s, elsewhere"] = self.elsewhere_cpu_s
         for role, seconds in sorted(self.stage_compute_s.items()):
             flat[f"in steps s, {role}"] = seconds
         return flat
@@ -94,24 +96,17 @@ def alternate(
         first = number % len(contestants)
         for contestant in (*contestants[first:], *contestants[:first]):
             say(f"round {number + 1} of {rounds}: {contestant.name}")
-            others = [other for other in contestants if other is not contestant]
-            samples[contestant.name].append(_sample(contestant, others, prompts, workload))
+            samples[contestant.name].append(_sample(contestant, prompts, workload))
     return samples
 
 
-def _sample(
-    contestant: Contestant,
-    others: Sequence[Contestant],
-    prompts: list[list[int]],
-    workload: Workload,
-) -> Sample:
+def _sample(contestant: Contestant, prompts: list[list[int]], workload: Workload) -> Sample:
     contestant.resume()
     cluster = contestant.cluster()
-    idle, cpu, own = _total(others), contestant.cpu_seconds(), time.process_time()
+    before, whole = _cpu_seconds(contestant), _busy_s()
     done = ask(contestant, prompts, workload.output_tokens)
-    own = time.process_time() - own
-    cpu = {role: used - cpu.get(role, 0.0) for role, used in contestant.cpu_seconds().items()}
-    idle = _total(others) - idle
+    whole = _busy_s() - whole
+    cpu = {role: used - before.get(role, 0.0) for role, used in _cpu_seconds(contestant).items()}
     link_bytes, compute = None, {}
     if cluster is not None:
         time.sleep(REPORTS_ARRIVE_S)
@@ -125,15 +120,22 @@ def _sample(
         ttft_p99_s=done.ttft_s(0.99),
         tpot_p50_s=done.tpot_s,
         decode_tokens_per_s=workload.num_requests / done.decode_step_s(),
-        cpu_s={**cpu, "client": own},
+        cpu_s=cpu,
         link_bytes_per_token=link_bytes,
         stage_compute_s=compute,
-        idle_servers_cpu_s=idle,
+        elsewhere_cpu_s=whole - sum(cpu.values()),
     )
 
 
-def _total(contestants: Sequence[Contestant]) -> float:
-    return sum(sum(contestant.cpu_seconds().values()) for contestant in contestants)
+def _cpu_seconds(contestant: Contestant) -> dict[str, float]:
+    return {**contestant.cpu_seconds(), "client": time.process_time()}
+
+
+def _busy_s() -> float:
+    """Seconds in which cores of this machine were not idle, or were not given to it."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # the last two are in "user" and "nice" too
+    return sum(float(seconds) for name, seconds in times.items() if name not in idle)
 
 
 def _bytes_sent(cluster: dict[str, Any]) -> int:

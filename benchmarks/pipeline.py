@@ -33,7 +33,7 @@ from workload import Workload
 
 ONE, VLLM_TWO, OURS_ALONE = "one process", "vLLM's pipeline, 2", "molink serve"
 MEMORY_MARKS = (2_000, 10_000)  # requests
-MEMORY_LIMIT_S = 600.0
+MEMORY_LIMIT_S = 300.0
 
 
 class Benchmark:

@@ -9,6 +9,7 @@ starts inherits a mark in its environment, by which it is found again, whatever 
 """
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -106,6 +107,7 @@ class Machine:
                 env=os.environ | ENVIRONMENT | own | (environment or {}),
                 cwd=folder,
                 start_new_session=True,
+                preexec_fn=_end_with_tests,
             )
 
     @property
@@ -343,6 +345,11 @@ class Cluster:
             self.end()
 
 
+def _end_with_tests() -> None:
+    """Ask the kernel to stop this process when the one that started it is killed (Linux)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def _tail(file: Path) -> list[str]:
     return file.read_text(errors="replace").splitlines()[-TAIL_LINES:]
 
@@ -350,7 +357,9 @@ def _tail(file: Path) -> list[str]:
 def _marked(folder: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == str(folder) and not _is_zombie(process):
+            # vLLM writes its processes' titles over their environment; all keep their folder.
+            places = (process.environ().get(MARK), process.cwd())
+            if str(folder) in places and not _is_zombie(process):
                 yield process
 
 

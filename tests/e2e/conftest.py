@@ -10,8 +10,6 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.models import FAMILIES, MAX_MODEL_LEN, make_model
 
 BUNDLED = Path(__file__).parents[2] / "models" / "molink-mini"
-if not BUNDLED.exists():  # FIXME until it is committed
-    BUNDLED = Path("/tmp/mini")
 MAX_NUM_SEQS = 16
 
 COMMON = (f"--max-model-len={MAX_MODEL_LEN}", "--block-size=32")

@@ -27,7 +27,6 @@ from molink.engine.lost import LostStep
 from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
-from molink.wire.frames import Priority
 from molink.wire.to_engine import PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
@@ -124,10 +123,8 @@ class PipelineExecutor(Executor):
         return _answer(future, non_block)
 
     def _start(self, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None) -> int:
-        is_decode = output.total_num_scheduled_tokens == len(output.num_scheduled_tokens)
-        priority = Priority.DECODE if is_decode else Priority.PREFILL
         result = None if future is None else _LostOnFailure(future)
-        return self._session.start_step(self._codec.encode((sample_now, output)), priority, result)
+        return self._session.start_step(self._codec.encode((sample_now, output)), result)
 
     # Calls
 

@@ -65,18 +65,18 @@ class EngineSession:
             for rank in range(stage.tensor_parallel_size)
         ]
 
-    def start_step(self, payload: bytes, priority: Priority, future: Future[Any] | None) -> int:
+    def start_step(self, payload: bytes, future: Future[Any] | None) -> int:
         """Send one step to every stage; `future` gets the last stage's output. None: no answer."""
         sequence = next(self._sequence)
         if future is not None:
             self._expect((Kind.RESULT, sequence, self.pipeline.stages[-1].node, 0), future)
-        self._send(Kind.STEP, EVERY_STAGE, payload, sequence, priority)
+        self._send(Kind.STEP, EVERY_STAGE, payload, sequence)
         return sequence
 
     def sample(self, sequence: int, payload: bytes) -> None:
         """Send the grammar of a step that waits for it."""
         last = NodeId(self.pipeline.stages[-1].node)
-        self._send(Kind.SAMPLE, last, payload, sequence, Priority.DECODE)
+        self._send(Kind.SAMPLE, last, payload, sequence)
 
     def call(
         self, node: NodeId, method: str, args: Sequence[Any], kwargs: Any
@@ -88,21 +88,20 @@ class EngineSession:
         for rank, future in enumerate(futures):
             self._expect((Kind.REPLY, sequence, node, rank), future)
         payload = self._codec.encode((method, tuple(args), dict(kwargs or {})))
-        self._send(Kind.CALL, node, payload, sequence, Priority.CONTROL)
+        self._send(Kind.CALL, node, payload, sequence)
         return futures
 
     def _expect(self, key: _Key, future: Future[Any]) -> None:
         with self._lock:
             self._waiting[key] = future
 
-    def _send(
-        self, kind: Kind, node: NodeId, payload: bytes, sequence: int, priority: Priority
-    ) -> None:
+    def _send(self, kind: Kind, node: NodeId, payload: bytes, sequence: int) -> None:
+        """One priority for all: on a busy link, none may overtake another."""
         self._socket.send(
             kind,
             Address(node, Port.STAGE),
             [payload],
-            priority=priority,
+            priority=Priority.DECODE,
             epoch=self.pipeline.epoch,
             sequence=sequence,
         )

@@ -60,6 +60,7 @@ class LinkServer:
         self._accept = accept
         self._enroll = enroll
         self._server: grpc.aio.Server | None = None
+        self._accepting: set[asyncio.Future[None]] = set()
 
     async def start(self, listen: str, credentials: grpc.ServerCredentials) -> int:
         """Listen on HOST:PORT; returns the port.
@@ -88,8 +89,11 @@ class LinkServer:
         return port
 
     async def stop(self) -> None:
+        """Close the port and all links; returns when every `accept` has."""
         if self._server is not None:
             await self._server.stop(grace=0.2)
+        if self._accepting:
+            await asyncio.wait(self._accepting)
 
     async def _identify(self, context: Any) -> PeerIdentity:
         """Who calls; refuses everybody who is not a node of the cluster."""
@@ -109,11 +113,13 @@ class LinkServer:
         link = Link(identity.node, context)
         accepted = Accepted(link, identity, _host_of(context.peer()))
         accepting = asyncio.ensure_future(self._accept(accepted))
+        self._accepting.add(accepting)
+        accepting.add_done_callback(self._accepting.discard)
         try:
             await asyncio.shield(accepting)
         except asyncio.CancelledError:  # gRPC's way to say that the peer, or this server, is gone
             link.close()
-            await accepting
+            await asyncio.wait((accepting,))
             raise
 
     async def _enroll_call(self, request: bytes, context: Any) -> bytes:

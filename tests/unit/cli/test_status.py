@@ -1,10 +1,13 @@
 """`molink status` where there is nothing to show."""
 
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from molink.transport.identity import ClusterAuthority, NodeKey
+from molink.cli import status as command
+from molink.core.errors import LinkError
+from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
 
 from .conftest import Run
 
@@ -38,11 +41,14 @@ def test_what_is_no_address(run: Run) -> None:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("molink.cli.status.TIMEOUT_S", 0.2)
+def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch_status(address: str, identity: NodeIdentity, timeout_s: float) -> NoReturn:
+        raise LinkError(f"nothing listens at {address}")
+
+    monkeypatch.setattr(command, "fetch_status", fetch_status)
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("nobody_answers")
 def test_the_head_has_ended(run: Run, home: Path) -> None:
     put_identity(home / "joined-mini-1", "mini-1")
     (home / "joined-mini-1" / "head").write_text("127.0.0.1:1")

@@ -98,7 +98,10 @@ async def nursery(tmp_path: Path) -> AsyncIterator[Nursery]:
 
 def is_over(process: psutil.Process) -> bool:
     """Gone, or a zombie that waits for an init which does not reap."""
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 async def all_over(processes: list[psutil.Process]) -> bool:

@@ -105,7 +105,11 @@ def echo(peer: LocalPeer, frame: bytes) -> Wait:
 
 def send(process: LocalSocket, payload: bytes, sequence: int = 0) -> None:
     third = len(payload) // 3
-    parts = [payload[:third], bytearray(payload[third:]), memoryview(b"")]
+    parts: list[bytes | bytearray | memoryview] = [
+        payload[:third],
+        bytearray(payload[third:]),
+        memoryview(b""),
+    ]
     process.send(Kind.ACTIVATIONS, STAGE, parts, priority=Priority.DECODE, sequence=sequence)
 
 
@@ -202,6 +206,24 @@ async def test_sending_never_blocks_and_reading_pauses_while_the_agent_has_no_ro
     gate.set_result(None)
     await server.has(40)
     assert [header.sequence for header, _ in server.frames] == list(range(40))
+
+
+async def test_what_was_sent_does_not_change_when_its_memory_is_written_again(
+    server: Server, process: LocalSocket
+) -> None:
+    """Most of it has not left yet: the agent takes nothing at first."""
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    server.on_frame = lambda *_: gate
+    memory = bytearray(4 * MIB)
+    for _ in range(2):
+        memory[:] = NOISE[: len(memory)]
+        process.send(Kind.ACTIVATIONS, STAGE, [memory], priority=Priority.DECODE)
+        memory[:] = bytes(len(memory))
+    server.on_frame = lambda *_: None
+    gate.set_result(None)
+    await server.has(2 * len(memory) // MAX_PAYLOAD)
+    received = b"".join(frame[HEADER_SIZE:] for _, frame in server.frames)
+    assert received == 2 * NOISE[: len(memory)]
 
 
 async def test_an_agent_that_goes_away_is_a_link_error(

@@ -199,7 +199,7 @@ async def test_frames_flow_in_both_directions(head: Head, connect: Connect) -> N
     for end in (here, there):
         await end.has(len(sent))
         assert end.frames == sent
-        assert end.link.queue.waiting_bytes == 0
+    assert here.link.queue.waiting_bytes == there.link.queue.waiting_bytes == 0
 
 
 async def test_a_node_that_goes_away_ends_its_handler(head: Head, connect: Connect) -> None:
