@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
+from typing import Any
 
 from molink.core.errors import LinkError, MolinkError, WireError
 from molink.core.ids import Address, NodeId, Port
@@ -35,7 +36,22 @@ class Agent:
         self.switch = Switch(node, self._control)
         self.stage_counters: dict[int, StageCounters] = {}
         self._local_server: asyncio.Server | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside everything else; a failure is logged."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s failed", task.get_coro(), exc_info=error)
+
+    def cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     async def listen_locally(self) -> None:
         """Open the socket for the node's own processes."""
@@ -85,7 +101,7 @@ class Agent:
         except LinkError as error:
             logger.info("no direct link to node %d: %s", node, error)
             return False
-        self._tasks.append(asyncio.create_task(self._run_direct(dialled)))
+        self.spawn(self._run_direct(dialled))
         return True
 
     async def _run_direct(self, dialled: Dialled) -> None:

@@ -6,9 +6,8 @@ from what it is to what the coordinator wants, each time something has changed.
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
@@ -120,16 +119,13 @@ class HeadAgent(Agent):
             nothing = Resources("none", 0, 0, 0.0, 0.0)
             self._coordinator.measured(HEAD, nothing, self._held[HEAD])
         else:
-            await self._stage.start(self._settings.stage)
-        self._tasks += [
-            asyncio.create_task(self._settle_forever()),
-            asyncio.create_task(self._publish_views()),
-        ]
+            await self._stage.restart(self._settings.stage)
+        self.spawn(self._settle_forever())
+        self.spawn(self._publish_views())
         try:
             return await self._ending
         finally:
-            for task in self._tasks:
-                task.cancel()
+            self.cancel_tasks()
             await self._stop()
 
     async def _stop(self) -> None:
@@ -188,7 +184,7 @@ class HeadAgent(Agent):
     def _own_stage_gone(self, reason: str) -> None:
         self.say(f"the stage's process on this machine is gone ({reason}); starting another")
         self._stage_lost(HEAD, reason)
-        self._start(self._stage.start(self._settings.stage))
+        self.spawn(self._stage.restart(self._settings.stage))
 
     def _hello(self, node: NodeId, hello: to_head.Hello) -> None:
         versions = Versions(hello.protocol, hello.molink, hello.vllm)
@@ -231,9 +227,6 @@ class HeadAgent(Agent):
         self._changed.set()
 
     # Messages
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
 
     def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
         super().on_local(header, message)
@@ -329,7 +322,7 @@ class HeadAgent(Agent):
         if self._deployment.http_up or not self._coordinator.state.is_down:
             self._fail(UsageError(self._engine_failure or reason))
         else:
-            self._start(self._restart_engine())
+            self.spawn(self._restart_engine())
 
     async def _restart_engine(self) -> None:
         """Give a new engine stages that hold nothing."""
@@ -342,8 +335,7 @@ class HeadAgent(Agent):
                 continue
             self._coordinator.stage_lost(node, "its engine starts anew")
             if node == HEAD:
-                await self._stage.stop()
-                await self._stage.start(self._settings.stage)
+                await self._stage.restart(self._settings.stage)
             else:
                 self.tell(node, RestartStage())
         await self._engine.start()

@@ -2,9 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from molink.cluster.model_files import read_model
 from molink.core.cluster import Versions
@@ -93,6 +92,7 @@ class MemberAgent(Agent):
         finally:
             following.cancel()
             reporting.cancel()
+            self.cancel_tasks()
             await self._stop()
 
     def end(self, reason: str) -> None:
@@ -187,25 +187,22 @@ class MemberAgent(Agent):
             case Ping() | Pong() as probe:
                 self.on_ping(node, probe)
             case Welcome() as welcome:
-                self._start(self._welcomed(welcome))
+                self.spawn(self._welcomed(welcome))
             case Refused(reason=reason):
                 self._end_with(AdmissionError(reason))
             case Notice(text=text):
                 self._say(text)
             case Dial() as order:
-                self._start(self._dial(order))
+                self.spawn(self._dial(order))
             case StageAssigned() as stage:
                 self._say(
                     f"computes layers {stage.start}:{stage.end}, "
                     f"stage {stage.stage_index + 1} of {stage.num_stages}"
                 )
             case RestartStage():
-                self._start(self._restart_stage())
+                self.spawn(self._restart_stage())
             case Shutdown(reason=reason):
                 self.end(reason)
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        self._tasks.append(asyncio.create_task(work))
 
     def _end_with(self, error: MolinkError) -> None:
         if not self._ending.done():
@@ -226,9 +223,8 @@ class MemberAgent(Agent):
 
     async def _restart_stage(self) -> None:
         self._stage_up = None
-        await self._stage.stop()
         model = self._settings.model or (self._model.name if self._model else "")
-        await self._stage.start(replace(self._settings.stage, model=model))
+        await self._stage.restart(replace(self._settings.stage, model=model))
 
     def _tell_ready(self) -> None:
         if self._stage_up is not None:
@@ -242,7 +238,7 @@ class MemberAgent(Agent):
         if self._failed_starts > STAGE_RESTARTS:
             self._end_with(UsageError(f"the stage's process does not come up: {reason}"))
         else:
-            self._start(self._restart_stage())
+            self.spawn(self._restart_stage())
 
     async def _dial(self, order: Dial) -> None:
         node = NodeId(order.node)

@@ -41,9 +41,15 @@ class StageHost:
         self._children: list[Child] = []
         self._starts = 0
         self._ended: asyncio.Task[None] | None = None
+        self._changing = asyncio.Lock()
 
-    async def start(self, settings: StageSettings) -> None:
-        """Start all ranks; each attaches to the agent when it is up."""
+    async def restart(self, settings: StageSettings) -> None:
+        """End what runs and start all ranks; each attaches to the agent when it is up."""
+        async with self._changing:
+            await self._stop()
+            await self._start(settings)
+
+    async def _start(self, settings: StageSettings) -> None:
         self._starts += 1
         folder = self._run_folder.path / f"stage-{self._starts}"
         folder.mkdir(mode=0o700)
@@ -70,6 +76,10 @@ class StageHost:
             await child.start()
 
     async def stop(self) -> None:
+        async with self._changing:
+            await self._stop()
+
+    async def _stop(self) -> None:
         children, self._children = self._children, []
         await asyncio.gather(*(child.stop() for child in children))
 
