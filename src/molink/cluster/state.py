@@ -83,9 +83,12 @@ class ClusterState:
             return None
         return Role.STAGE if node in self.pipeline.nodes else Role.SPARE
 
+    def knows(self, node: NodeId) -> bool:
+        return 0 <= node < len(self.nodes)
+
     def node(self, node: NodeId) -> NodeRecord:
         """Raises ValueError for an id that was never given."""
-        if not 0 <= node < len(self.nodes):
+        if not self.knows(node):
             raise ValueError(f"node {node} is not known to cluster {self.cluster_id}")
         return self.nodes[node]
 

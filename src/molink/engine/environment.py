@@ -12,6 +12,8 @@ _PR_SET_PDEATHSIG = 1
 _DEFAULTS = {
     # Runner V2 opens torch groups of its own over the pipeline.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A fork would copy our threads' locks, and begin without `die_with_parent`.
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
     # vLLM would bind every stage of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Processes of ours talk to nobody but their agent.

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import LinkError, StageError, WireError
+from molink.core.errors import MolinkError, StageError, WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_engine
@@ -110,7 +110,7 @@ class EngineSession:
         try:
             while True:
                 self._handle(self._socket.receive())
-        except LinkError as error:
+        except MolinkError as error:  # after bytes that make no sense nothing else can either
             self._fail_all(str(error))
             self._agent_lost()
 

@@ -49,3 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # vLLM's engine core begins here: a spawned process imports its parent's main module first, and
+    # would otherwise wait for a parent that was killed meanwhile.
+    die_with_parent()

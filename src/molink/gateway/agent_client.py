@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from molink.cluster.view import ClusterView, decode_view
-from molink.core.errors import LinkError
+from molink.core.errors import MolinkError
 from molink.core.ids import HEAD, Address, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_engine
@@ -45,7 +45,7 @@ class AgentClient:
                 message = self._socket.receive()
                 if message.kind == Kind.CONTROL:
                     self._handle(to_engine.decode(message.payload))
-        except LinkError:
+        except MolinkError:
             os._exit(1)
 
     def _handle(self, message: to_engine.ToEngine) -> None:

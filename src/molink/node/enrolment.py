@@ -3,13 +3,16 @@
 import msgspec
 
 from molink.cluster.coordinator import Coordinator
-from molink.core.errors import IdentityError
 from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
 from molink.transport.server import enroll
 from molink.transport.token import JoinToken, enrolled_under
+from molink.wire import structs
 from molink.wire.to_head import EnrollReply, EnrollRequest
 
 ENROLL_TIMEOUT_S = 10.0
+
+_requests = msgspec.msgpack.Decoder(EnrollRequest)
+_replies = msgspec.msgpack.Decoder(EnrollReply)
 
 
 def enrol(
@@ -19,10 +22,9 @@ def enrol(
 
     Raises:
         MolinkError: the token is not live any more, or the request is not one.
-        msgspec.DecodeError: the request cannot be read.
     """
     enrolled_under(leaf, coordinator.live_roots)
-    asked = msgspec.msgpack.decode(request, type=EnrollRequest)
+    asked = structs.decode(_requests, request)
     node = coordinator.enrol(asked.name)
     certificate = authority.sign_node(
         asked.signing_request, node=node, name=coordinator.state.node(node).name
@@ -36,12 +38,10 @@ async def request_identity(address: str, token: JoinToken, name: str) -> NodeIde
     Raises:
         LinkError: the head cannot be reached or refuses the token; says why.
         IdentityError: the answer is not from the cluster that the token names.
+        WireError: the answer cannot be read.
     """
     key = NodeKey()
     request = msgspec.msgpack.encode(EnrollRequest(name, key.request_pem()))
     answer = await enroll(address, token, request, ENROLL_TIMEOUT_S)
-    try:
-        reply = msgspec.msgpack.decode(answer, type=EnrollReply)
-    except msgspec.DecodeError as error:
-        raise IdentityError(f"the head's answer cannot be read: {error}") from error
+    reply = structs.decode(_replies, answer)
     return key.accept(reply.certificate, reply.authority, authority_key=token.authority_key)

@@ -164,7 +164,9 @@ class HeadAgent(Agent):
             reason = "it closed its link"
         except MolinkError as error:
             reason = str(error)
-        if node not in self.switch.links:  # otherwise it is back already, over another link
+        is_back = node in self.switch.links  # over another link
+        is_known = self._coordinator.state.knows(node)
+        if is_known and not is_back and not self._ending.done():
             self._node_lost(node, reason)
 
     def _node_lost(self, node: NodeId, reason: str) -> None:
@@ -246,7 +248,11 @@ class HeadAgent(Agent):
                 pass
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
-        match to_head.decode(payload):
+        message = to_head.decode(payload)
+        # One whose record is lost has a certificate still; its hello is refused in words.
+        if not self._coordinator.state.knows(node) and not isinstance(message, to_head.Hello):
+            return
+        match message:
             case Ping() | Pong() as probe:
                 self.on_ping(node, probe)
             case to_head.Hello() as hello:

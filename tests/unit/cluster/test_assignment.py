@@ -48,6 +48,8 @@ def test_a_lost_stage_process_is_loaded_again_on_its_node(make_cluster: MakeClus
     beta = cluster.ready("beta")
     cluster.coordinator.plan()
     cluster.coordinator.stage_lost(beta, "killed by signal 9")
+    assert isinstance(cluster.coordinator.plan(), Waiting)
+    cluster.measure(beta)  # its next process
     mended = cluster.coordinator.plan()
     assert (layout(mended)[1], mended.epoch) == ((beta, "4:8"), 2)
 

@@ -135,7 +135,8 @@ def test_a_lost_stage_takes_the_pipeline_down_until_it_is_planned_again(event: E
     state = apply(state, event)
     assert state.is_down
     if not isinstance(event, StageLost):
-        state = apply(apply(state, joined(1)), NodeMeasured(NodeId(1), RESOURCES, 6))
+        state = apply(state, joined(1))
+    state = apply(state, NodeMeasured(NodeId(1), RESOURCES, 6))
     assert state.is_down
     assert not apply(state, planned(2)).is_down
 
