@@ -56,7 +56,8 @@ def join(
     """
     flags = list(context.args)
     if head is not None and head.startswith("-"):  # to click the first unknown flag is an argument
-        head, flags = None, [head, *flags]
+        flags = [head, *flags]
+        head = None
     try:
         check_flags(flags)
         check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
