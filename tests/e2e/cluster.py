@@ -36,7 +36,7 @@ STOP_S = 20.0
 TAIL_LINES = 25
 POLL_S = 0.05
 MARK = "MOLINK_TEST_MACHINE"  # holds the machine's folder
-MOLINK = (sys.executable, "-c", "from molink.cli.main import app; app()")
+COMMAND = "from molink.cli.main import app; app()"
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -44,6 +44,7 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # as in a pipeline: the other one draws other samples
     "VLLM_NO_USAGE_STATS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # vLLM compiles for 10 s when it is first asked for logprobs
     "NO_COLOR": "1",
 }
 FLAGS = ("--dtype=float32", "--enforce-eager")
@@ -81,6 +82,7 @@ class Machine:
         folder: its own; short, because unix sockets lie in it.
         arguments: of `molink`.
         prefix: put before the command, for example `ip netns exec NAME`.
+        preamble: Python that runs before the command, to make it another version of itself.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Machine:
         *,
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
+        preamble: str = "",
     ) -> None:
         self.name = folder.name
         self.folder = folder
@@ -100,7 +103,7 @@ class Machine:
         own = {"MOLINK_HOME": str(self.home), "TMPDIR": str(self.tmp), MARK: str(folder)}
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
-                [*prefix, *MOLINK, *arguments],
+                [*prefix, sys.executable, "-c", f"{preamble}\n{COMMAND}", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -225,27 +228,33 @@ class Cluster:
         self.wait_until_serving()
         return self
 
-    def start_head(self) -> Machine:
-        """Start the head alone and wait until it takes members."""
+    def start_head(self, **options: Any) -> Machine:
+        """Start the head alone and wait until it takes members; `options` are Machine's."""
         arguments = ["serve", self.model, f"--port={self.url.rpartition(':')[2]}"]
         if self._nodes > 1:
             arguments += ["--listen=127.0.0.1:0", f"--token-file={self.token_file}", "--name=head"]
             arguments += (
                 [f"--layers={self._layers[0]}"] if self._layers else [f"--nodes={self._nodes}"]
             )
-        self.head = Machine(self._root / "head", [*arguments, *self._arguments])
+        self.head = Machine(self._root / "head", [*arguments, *self._arguments], **options)
         if self._nodes > 1:
             self.head.wait_for("molink join --token")
         return self.head
 
     def add_member(
-        self, *, layers: str | None = None, arguments: Sequence[str] = (), name: str | None = None
+        self,
+        *,
+        layers: str | None = None,
+        arguments: Sequence[str] = (),
+        name: str | None = None,
+        **options: Any,
     ) -> Machine:
-        """Start another machine that joins; does not wait."""
+        """Start another machine that joins; does not wait. `options` are Machine's."""
         name = name or f"node{len(self.members) + 1}"
         pin = [f"--layers={layers}"] if layers else []
         own = [f"--token-file={self.token_file}", "--listen=127.0.0.1:0", f"--name={name}", *pin]
-        self.members.append(Machine(self._root / name, ["join", *own, *arguments]))
+        machine = Machine(self._root / name, ["join", *own, *arguments], **options)
+        self.members.append(machine)
         return self.members[-1]
 
     def wait_until_serving(self, timeout_s: float = START_S) -> None:

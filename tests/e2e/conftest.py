@@ -12,7 +12,12 @@ from tests.e2e.models import FAMILIES, MAX_MODEL_LEN, make_model
 BUNDLED = Path(__file__).parents[2] / "models" / "molink-mini"
 MAX_NUM_SEQS = 16
 
-COMMON = (f"--max-model-len={MAX_MODEL_LEN}", "--block-size=32")
+COMMON = (
+    f"--max-model-len={MAX_MODEL_LEN}",
+    "--block-size=32",
+    # Otherwise such models fill their JSON with blanks.
+    '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+)
 # Prompts longer than 64 tokens are cut, and more requests come than fit into a batch.
 PIPELINE = (*COMMON, "--max-num-batched-tokens=64", f"--max-num-seqs={MAX_NUM_SEQS}")
 WHOLE = (*COMMON, "--max-num-batched-tokens=4096", "--max-num-seqs=64")

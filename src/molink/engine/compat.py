@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +74,18 @@ def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
     finally:
         cpu_worker.init_worker_distributed_environment = original
         gpu_worker.init_worker_distributed_environment = original
+
+
+def unlink_shared_memory() -> None:
+    """Remove the names of the shared memory between a stage's ranks, which all hold it by now.
+
+    A name would outlive a process that is killed. `ShmRingBuffer` leaves naming to Python, which
+    begins with `psm_`; `_CPUSHMDistributed` ends its names with `cpushm` and a number.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        _, found, name = line.partition(" /dev/shm/")
+        if found and (name.startswith("psm_") or "-cpushm_" in name):
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def place_stage(config: VllmConfig, layers: LayerRange, index: int) -> None:

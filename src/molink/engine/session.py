@@ -153,6 +153,8 @@ class EngineSession:
             case PipelineDown(reason=reason):
                 self._lost(reason)
                 self._fail_all(reason)
+            case PipelineRepaired(pipeline=pipeline) if not self._assigned.done():
+                self._assigned.set_result(pipeline)  # this engine has loaded nothing yet
             case PipelineRepaired() as repaired:
                 self.pipeline = repaired.pipeline
                 threading.Thread(target=self._repaired, args=(repaired,), daemon=True).start()

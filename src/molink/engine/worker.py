@@ -52,12 +52,14 @@ class StageWorker:
         compat.place_stage(config, self.layers, index)
         with compat.stage_alone(config, self.group):
             self._worker.init_device()
+        compat.unlink_shared_memory()
         self._worker.load_model()
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
 
     def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
-        rendezvous = options.run_folder / f"torch-{len(self.nodes)}-{self.index}"
+        # vLLM names shared memory after this file, so its name is that of no other stage.
+        rendezvous = options.run_folder / "-".join(options.run_folder.parts[-2:])
         return {
             "vllm_config": config,
             "local_rank": options.rank,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from molink.core.errors import LinkError
 from molink.core.ids import Address, NodeId, Port
-from molink.engine.environment import die_with_parent, prepare_environment
+from molink.engine.environment import die_with_parent, export, prepare_environment
 
 
 def main() -> None:
@@ -15,6 +15,7 @@ def main() -> None:
     options = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     prepare_environment(options.device)
+    export("VLLM_RPC_BASE_PATH", str(options.socket.parent))
     # vLLM reads the environment while it is imported.
     from molink.engine.probe import measure
     from molink.engine.stage import StageLoop

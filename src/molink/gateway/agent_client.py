@@ -50,15 +50,14 @@ class AgentClient:
 
     def _handle(self, message: to_engine.ToEngine) -> None:
         match message:
-            case PipelineAssigned(epoch=epoch):
-                self._epoch = epoch
+            case PipelineAssigned() | PipelineRepaired(pipeline=PipelineAssigned()):
+                pipeline = message if isinstance(message, PipelineAssigned) else message.pipeline
+                self._epoch = pipeline.epoch
                 if not self._assigned.done():
-                    self._assigned.set_result(message)
+                    self._assigned.set_result(pipeline)
             case PipelineDown(reason=reason):
                 self.losses += 1
                 self.down = reason
-            case PipelineRepaired(pipeline=pipeline):
-                self._epoch = pipeline.epoch
             case to_engine.ClusterView(view=view):
                 self.view_json = view
                 self.view = decode_view(view)

@@ -38,6 +38,8 @@ class Deployment:
         self.assigned: PipelineAssigned | None = None
         self.unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
         self.is_down = False  # and the engine knows
+        self.was_lost = False  # since the engine started; it may have been mended meanwhile
+        self.loading: frozenset[NodeId] = frozenset()  # by the repair that is under way
         self.http_up = False
         self.serving = False
         self.steps_in_flight = 0
@@ -50,13 +52,25 @@ class Deployment:
     def take_down(self, reason: str) -> None:
         """Tell the engine, once, that its pipeline has lost a stage."""
         if self.pipeline is not None and not self.is_down:
-            self.is_down, self.serving = True, False
+            self.is_down, self.was_lost, self.serving = True, True, False
+            self._trouble = reason  # the engine will say it too
             self._voice.tell_engine(PipelineDown(self.pipeline.epoch, reason))
+
+    def take_half_loaded(self) -> frozenset[NodeId]:
+        """Nodes whose stage was being loaded when the pipeline was lost again; told once."""
+        half_loaded, self.loading = self.loading, frozenset()
+        return half_loaded
 
     def forget(self) -> None:
         """The engine that was told is gone; the next one starts from nothing."""
         self.pipeline = self.assigned = None
-        self.is_down = False
+        self.is_down = self.was_lost = False
+        self.loading = frozenset()
+
+    @property
+    def whole(self) -> PipelineAssigned | None:
+        """What an engine that has just started may load; None while there is no such pipeline."""
+        return None if self.is_down else self.assigned
 
     async def assign(self, pipeline: Pipeline, connected: Callable[[], None]) -> None:
         """Link the stages, then tell the engine; `connected` is called in between."""
@@ -79,6 +93,7 @@ class Deployment:
         if before is None:
             self._voice.tell_engine(self.assigned)
         else:
+            self.loading |= {pipeline.nodes[index] for index in replaced}
             self._voice.tell_engine(PipelineRepaired(self.assigned, replaced))
 
     def _place(self, stage: Stage) -> StagePlace:
@@ -127,6 +142,8 @@ class Deployment:
         if state.error is not None and state.error != self._trouble:
             self._voice.say(f"the engine cannot use its pipeline: {state.error}")
         self._trouble = state.error or ""
+        if state.error is None:
+            self.loading = frozenset()
         serves = self.http_up and state.error is None
         if serves and not self.serving:
             self._voice.say(f"serving at {self._http}")

@@ -6,7 +6,7 @@ from what it is to what the coordinator wants, each time something has changed.
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -14,7 +14,7 @@ import msgspec
 from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.state import Role
+from molink.cluster.state import NodeStatus, Role
 from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import MolinkError, UsageError, WireError
@@ -234,10 +234,8 @@ class HeadAgent(Agent):
         super().on_local(header, message)
         match message:
             case Attach() if header.source.port in (Port.ENGINE, Port.GATEWAY):
-                if self._deployment.assigned is not None:
-                    self.send_control(
-                        HEAD, header.source.port, to_engine.encode(self._deployment.assigned)
-                    )
+                if (assigned := self._deployment.whole) is not None:
+                    self.send_control(HEAD, header.source.port, to_engine.encode(assigned))
             case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
                 self._stage_up(HEAD, message)
             case EngineFailed(reason=reason):
@@ -308,8 +306,9 @@ class HeadAgent(Agent):
     async def _settle(self) -> None:
         state = self._coordinator.state
         if state.is_down:
-            reasons = [node.trouble for node in state.nodes if node.trouble]
-            self._deployment.take_down("; ".join(reasons) or "a stage is lost")
+            troubles = [state.node(node).trouble for node in self._deployment.nodes]
+            self._deployment.take_down("; ".join(filter(None, troubles)) or "a stage is lost")
+            await self._empty_stages(self._deployment.take_half_loaded(), "it was half loaded")
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
             if plan.text != self._waiting_for:
@@ -325,7 +324,7 @@ class HeadAgent(Agent):
 
     def _engine_gone(self, reason: str) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
-        if self._deployment.http_up or not self._coordinator.state.is_down:
+        if self._deployment.http_up or not self._deployment.was_lost:
             self._fail(UsageError(self._engine_failure or reason))
         else:
             self.spawn(self._restart_engine())
@@ -335,17 +334,21 @@ class HeadAgent(Agent):
         nodes = self._deployment.nodes
         self._deployment.forget()
         self._engine_failure = ""
+        await self._empty_stages(nodes, "its engine starts anew")
+        await self._engine.start()
+        self._changed.set()
+
+    async def _empty_stages(self, nodes: Iterable[NodeId], reason: str) -> None:
+        """Have those stages that hold something, and are not gone themselves, begin anew."""
         for node in nodes:
-            is_connected = self._coordinator.state.node(node).is_connected
-            if node in self._deployment.unloaded or not is_connected:
+            is_ready = self._coordinator.state.node(node).status is NodeStatus.READY
+            if node in self._deployment.unloaded or not is_ready:
                 continue
-            self._coordinator.stage_lost(node, "its engine starts anew")
+            self._coordinator.stage_lost(node, reason)
             if node == HEAD:
                 await self._stage.restart(self._settings.stage)
             else:
                 self.tell(node, RestartStage())
-        await self._engine.start()
-        self._changed.set()
 
     # What others see
 

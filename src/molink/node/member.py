@@ -126,13 +126,16 @@ class MemberAgent(Agent):
                 self.tell_head(self._hello())
                 await running
                 reason = "the head closed the link"
-            except (LinkError, WireError) as error:
+            except LinkError as error:
                 reason = str(error)
+            except WireError as error:
+                self._end_with(AdmissionError(f"the head's messages cannot be read: {error}"))
             await dialled.channel.close()
             if not self._ending.done():
                 self._say(f"lost the head: {reason}; trying again")
-            await self._stage.stop()
-            self._stage_up = None
+                await self._stage.stop()
+                self._stage_up = None
+                await asyncio.sleep(RETRY_S)
 
     def _hello(self) -> to_head.Hello:
         settings = self._settings

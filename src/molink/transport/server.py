@@ -195,9 +195,19 @@ async def _connect(
     options = [*CHANNEL_OPTIONS, expect_node(node)]
     channel = grpc.aio.secure_channel(address, channel_credentials(proof), options=options)
     try:
-        await asyncio.wait_for(channel.channel_ready(), timeout_s)
-    except TimeoutError as error:
+        await asyncio.wait_for(_until_ready(channel), timeout_s)
+    except (TimeoutError, ConnectionError) as error:
         await channel.close()
         reason = await asyncio.to_thread(diagnose, address, proof, node)
         raise LinkError(reason) from error
     return channel
+
+
+async def _until_ready(channel: grpc.aio.Channel) -> None:
+    """Raises ConnectionError when an attempt has failed, where gRPC would try on without a word."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise ConnectionError
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
