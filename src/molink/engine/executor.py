@@ -63,8 +63,9 @@ class PipelineExecutor(Executor):
             agent_lost=lambda: os._exit(1),
         )
         try:
-            refuse_unsupported(self.vllm_config)
-            self._load(range(len(self._session.pipeline.stages)))
+            stages = self._session.pipeline.stages
+            refuse_unsupported(self.vllm_config, [s.tensor_parallel_size for s in stages])
+            self._load(range(len(stages)))
         except MolinkError as error:
             self._session.report_failure(str(error))
             raise

@@ -1,13 +1,20 @@
 """What vLLM 0.32.0 can do on one machine and not over stages: refused at start, by name."""
 
+from collections.abc import Sequence
+
 from vllm.config import VllmConfig
 
 from molink.core.errors import UsageError
 
 
-def refuse_unsupported(config: VllmConfig) -> None:
-    """Raises UsageError that names the first feature that cannot work over stages."""
+def refuse_unsupported(config: VllmConfig, tensor_parallel_sizes: Sequence[int]) -> None:
+    """Raises UsageError that names the first feature that cannot work over stages.
+
+    Args:
+        tensor_parallel_sizes: of every stage.
+    """
     parallel, model = config.parallel_config, config.model_config
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
     features = {
         "speculative decoding": config.speculative_config is not None,
         "watermarking (it needs model runner V2)": config.watermark_config is not None,
@@ -21,6 +28,10 @@ def refuse_unsupported(config: VllmConfig) -> None:
         "an encoder-cache connector": config.ec_transfer_config is not None,
         "model runner V2": config.use_v2_model_runner,
         "async scheduling": bool(config.scheduler_config.async_scheduling),
+        # vLLM would keep one group of KV blocks for each kind and size, and waste most of them.
+        "a model that mixes kinds of attention, on stages of different tensor parallel size,": (
+            len(kinds) > 1 and len(set(tensor_parallel_sizes)) > 1
+        ),
     }
     for feature, is_wanted in features.items():
         if is_wanted:
