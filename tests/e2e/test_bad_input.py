@@ -53,6 +53,7 @@ def refused(cluster: Cluster, *, status: int = 1, **options: Any) -> tuple[str, 
     assert "Traceback" not in member.log
     assert member.left_over() == []
     assert not (member.home / "logs").exists()
+    eventually(lambda: len(cluster.head.log) > said_before, 5, "the head says something")
     assert cluster.head.process.poll() is None
     return member.log, cluster.head.log[said_before:]
 
@@ -65,9 +66,7 @@ def test_the_head_says_which_layers_are_missing(cluster: Cluster) -> None:
 def test_a_node_of_another_version_is_refused_with_both(cluster: Cluster, what: str) -> None:
     preamble, ours = OTHER_VERSION[what]
     for said in refused(cluster, preamble=preamble):
-        assert what in said
-        assert "99" in said
-        assert str(ours) in said
+        assert [word for word in (what, "99", str(ours)) if word not in said] == []
 
 
 def test_a_node_with_another_model_is_refused_with_both_hashes(

@@ -164,6 +164,8 @@ class HeadAgent(Agent):
             reason = "it closed its link"
         except MolinkError as error:
             reason = str(error)
+            if isinstance(error, WireError):
+                self.say(f"cannot read {accepted.identity.name}'s messages: {reason}")
         is_back = node in self.switch.links  # over another link
         is_known = self._coordinator.state.knows(node)
         if is_known and not is_back and not self._ending.done():
