@@ -33,6 +33,7 @@ from molink.cluster.view import ClusterView, decode_view
 
 START_S = 120.0  # four stages on two cores need about 40 s
 STOP_S = 20.0
+LINGER_S = 3.0
 TAIL_LINES = 25
 POLL_S = 0.05
 MARK = "MOLINK_TEST_MACHINE"  # holds the machine's folder
@@ -153,6 +154,16 @@ class Machine:
         """
         return [process for process in _marked(self.folder) if part in _command(process)]
 
+    def listening(self, part: str = "") -> list[tuple[str, int]]:
+        """(host, port) of every TCP and UDP socket on which those processes wait for others."""
+        return [
+            (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
+            for process in self.processes(part)
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+            or (connection.type == socket.SOCK_DGRAM and not connection.raddr)
+        ]
+
     def signal(self, number: signal.Signals) -> None:
         """Signal the command alone, as `kill` does."""
         self.process.send_signal(number)
@@ -228,7 +239,7 @@ class Cluster:
         self.wait_until_serving()
         return self
 
-    def start_head(self, **options: Any) -> Machine:
+    def start_head(self, name: str = "head", **options: Any) -> Machine:
         """Start the head alone and wait until it takes members; `options` are Machine's."""
         arguments = ["serve", self.model, f"--port={self.url.rpartition(':')[2]}"]
         if self._nodes > 1:
@@ -236,7 +247,7 @@ class Cluster:
             arguments += (
                 [f"--layers={self._layers[0]}"] if self._layers else [f"--nodes={self._nodes}"]
             )
-        self.head = Machine(self._root / "head", [*arguments, *self._arguments], **options)
+        self.head = Machine(self._root / name, [*arguments, *self._arguments], **options)
         if self._nodes > 1:
             self.head.wait_for("molink join --token")
         return self.head
@@ -321,11 +332,19 @@ class Cluster:
             self.end()
 
     def check_nothing_left(self) -> None:
-        """Raises ClusterError with what the machines left behind."""
+        """Raises ClusterError with what the machines left behind.
+
+        Python's own helpers end when they see that their parents have, a moment later.
+        """
+        deadline = time.monotonic() + LINGER_S
+        while left := self._left_over():
+            if time.monotonic() > deadline:
+                raise ClusterError("left behind:\n" + "\n".join(left))
+            time.sleep(POLL_S)
+
+    def _left_over(self) -> list[str]:
         left = [f"{m.name}: {item}" for m in self.machines for item in m.left_over()]
-        left += [f"shared memory {path}" for path in self._shared_memory if path.exists()]
-        if left:
-            raise ClusterError("left behind:\n" + "\n".join(left))
+        return left + [f"shared memory {path}" for path in self._shared_memory if path.exists()]
 
     def end(self) -> None:
         """End everything at once, and remove its files."""

@@ -34,9 +34,9 @@ def resolve(config: VllmConfig) -> Resolved:
     )
 
 
-def engine_parser() -> FlexibleArgumentParser:
+def engine_parser(prog: str = "molink") -> FlexibleArgumentParser:
     """vLLM's parser for engine flags alone, without those of its HTTP server."""
-    parser = FlexibleArgumentParser(prog="molink", allow_abbrev=False)
+    parser = FlexibleArgumentParser(prog=prog, allow_abbrev=False)
     return AsyncEngineArgs.add_cli_args(parser)
 
 

@@ -17,6 +17,7 @@ def main() -> None:
     prepare_environment(options.device)
     export("VLLM_RPC_BASE_PATH", str(options.socket.parent))
     # vLLM reads the environment while it is imported.
+    from molink.engine.config import engine_parser
     from molink.engine.probe import measure
     from molink.engine.stage import StageLoop
     from molink.engine.types import build_codec
@@ -25,6 +26,7 @@ def main() -> None:
     from molink.wire import to_agent
     from molink.wire.frames import Kind
 
+    engine_parser("molink join").parse_args([f"--model={options.model}", *options.flags])
     agent = Address(NodeId(options.node), Port.AGENT)
     socket = LocalSocket(options.socket, Address(NodeId(options.node), Port.STAGE), options.rank)
     settings = StageOptions(

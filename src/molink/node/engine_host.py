@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molink.node.home import RunFolder
-from molink.node.processes import Child
+from molink.node.processes import EXIT_USAGE, Child
 
 ENGINE_MODULE = "molink.entrypoints.engine"
 
@@ -67,7 +67,11 @@ class EngineHost:
             await child.stop()
 
     def _exited(self, child: Child, status: int) -> None:
-        if child is self._child:
+        if child is not self._child:
+            return
+        if status == EXIT_USAGE:
+            self._gone(child.tail(1))
+        else:
             self._gone(
                 f"the engine ended with status {status}; the last lines of {child.log}:\n"
                 f"{child.tail()}"

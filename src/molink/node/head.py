@@ -71,7 +71,7 @@ class HeadAgent(Agent):
         identity: NodeIdentity,
         settings: HeadSettings,
         run_folder: RunFolder,
-        stage_host: Callable[[Callable[[str], None]], StageHost],
+        stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
         engine_host: Callable[[Callable[[str], None]], EngineHost],
         say: Callable[[str], None],
     ) -> None:
@@ -185,9 +185,9 @@ class HeadAgent(Agent):
         self._coordinator.stage_lost(node, reason)
         self._changed.set()
 
-    def _own_stage_gone(self, reason: str) -> None:
+    def _own_stage_gone(self, reason: MolinkError) -> None:
         self.say(f"the stage's process on this machine is gone ({reason}); starting another")
-        self._stage_lost(HEAD, reason)
+        self._stage_lost(HEAD, str(reason))
         self.spawn(self._stage.restart(self._settings.stage))
 
     def _hello(self, node: NodeId, hello: to_head.Hello) -> None:

@@ -60,7 +60,7 @@ class MemberAgent(Agent):
         identity: NodeIdentity,
         settings: MemberSettings,
         run_folder: RunFolder,
-        stage_host: Callable[[Callable[[str], None]], StageHost],
+        stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
         say: Callable[[str], None],
     ) -> None:
         super().__init__(identity.verify().node, run_folder)
@@ -233,10 +233,13 @@ class MemberAgent(Agent):
         if self._stage_up is not None:
             self.tell_head(self._stage_up)
 
-    def _stage_gone(self, reason: str) -> None:
+    def _stage_gone(self, reason: MolinkError) -> None:
         self._stage_up = None
+        if isinstance(reason, UsageError):
+            self._end_with(reason)
+            return
         self._say(f"the stage's process is gone ({reason}); starting another")
-        self.tell_head(to_head.StageGone(reason))
+        self.tell_head(to_head.StageGone(str(reason)))
         self._failed_starts += 1
         if self._failed_starts > STAGE_RESTARTS:
             self._end_with(UsageError(f"the stage's process does not come up: {reason}"))

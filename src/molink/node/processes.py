@@ -11,6 +11,7 @@ from pathlib import Path
 
 STOP_TIMEOUT_S = 5.0
 TAIL_LINES = 15
+EXIT_USAGE = 2  # a parser of flags ends a process with it, after one line that says why
 ExitHandler = Callable[["Child", int], None]
 
 
@@ -88,7 +89,7 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def tail(self) -> str:
+    def tail(self, lines: int = TAIL_LINES) -> str:
         """The last lines of the log."""
         with open(self.log, errors="replace") as log:
-            return "".join(deque(log, TAIL_LINES)).rstrip()
+            return "".join(deque(log, lines)).rstrip()

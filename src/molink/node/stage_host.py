@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from molink.core.errors import MolinkError, StageError, UsageError
 from molink.node.home import RunFolder
-from molink.node.processes import Child
+from molink.node.processes import EXIT_USAGE, Child
 
 logger = logging.getLogger("molink.agent")
 STAGE_MODULE = "molink.entrypoints.stage"
@@ -28,11 +29,12 @@ class StageHost:
     """Owns the stage's processes. A stage is loaded once; to load again means new processes.
 
     Args:
-        gone: called with the reason when a process ended by itself; all are stopped before.
+        gone: called with the reason when a process ended by itself; all are stopped before. It is
+            a UsageError if another one would end in the same way.
     """
 
     def __init__(
-        self, node: int, run_folder: RunFolder, logs: Path, gone: Callable[[str], None]
+        self, node: int, run_folder: RunFolder, logs: Path, gone: Callable[[MolinkError], None]
     ) -> None:
         self._node = node
         self._run_folder = run_folder
@@ -84,12 +86,17 @@ class StageHost:
         await asyncio.gather(*(child.stop() for child in children))
 
     def _exited(self, child: Child, status: int) -> None:
-        if child in self._children:
+        if child not in self._children:
+            return
+        if status == EXIT_USAGE:
+            reason: MolinkError = UsageError(child.tail(1))
+        else:
+            reason = StageError(_how(status))
             if status > 0:
                 logger.warning("the last lines of %s:\n%s", child.log, child.tail())
-            self._ended = asyncio.create_task(self._give_up(_how(status)))
+        self._ended = asyncio.create_task(self._give_up(reason))
 
-    async def _give_up(self, reason: str) -> None:
+    async def _give_up(self, reason: MolinkError) -> None:
         await self.stop()
         self._gone(reason)
 

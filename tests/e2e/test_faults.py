@@ -1,0 +1,146 @@
+"""A pipeline that loses its parts: requests end in time, the head stays, the same tokens return.
+
+All tests share one cluster, and each leaves it serving.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.e2e.cluster import Cluster, Machine, eventually, free_port
+from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
+from tests.e2e.running import requests_in_flight
+from tests.factories import make_completion, make_prompts
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+END_S = 10.0  # a lost stage ends running requests within it
+REPAIR_S = 60.0
+REQUESTS = [make_completion(prompt) for prompt in make_prompts([3, 40, 150])]
+
+
+class Faulty(Cluster):
+    """A cluster whose tokens are known from before the fault."""
+
+    def start(self) -> "Faulty":
+        self.port = free_port()
+        self._arguments.append(f"--listen=127.0.0.1:{self.port}")
+        super().start()
+        self.tokens = self.ask_tokens()
+        return self
+
+    def ask_tokens(self) -> list[list[int]]:
+        answers = self.ask(REQUESTS)
+        return [choice["token_ids"] for answer in answers for choice in answer["choices"]]
+
+    def has_status(self, status: int) -> bool:
+        return self.http.get("/health").status_code == status
+
+    def check_mended(self) -> None:
+        """Raises unless it serves again, and as before."""
+        eventually(lambda: self.has_status(200), REPAIR_S, "the pipeline serves again")
+        assert self.ask_tokens() == self.tokens
+
+    def expect(self, said: str, since: int) -> None:
+        """Wait until the head says it after the first `since` characters of its log."""
+        eventually(lambda: said in self.head.log[since:], REPAIR_S, f"the head says «{said}»")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Faulty]:
+    with Faulty(BUNDLED, flags=[f"--max-model-len={MAX_MODEL_LEN}"]) as cluster:
+        yield cluster
+
+
+def kill_stage(machine: Machine) -> None:
+    (stage,) = machine.processes("molink.entrypoints.stage")
+    stage.kill()
+
+
+def check_requests_end(cluster: Faulty, fault: float, running: tuple[object, ...]) -> None:
+    """503 before the first byte, an error event after it, and 503 for whoever asks now."""
+
+
+def test_a_killed_stage(cluster: Faulty) -> None:
+    stream, whole = requests_in_flight(cluster)
+    fault = time.monotonic()
+    kill_stage(cluster.members[0])
+    for request in (stream, whole):
+        request.wait(END_S)
+    assert request.ended_at is not None
+    assert request.ended_at - fault < END_S
+    assert whole.status == 503
+    assert int(whole.headers["retry-after"]) > 0
+    assert stream.status == 200
+    assert "error" in stream.events[-1]
+    refusal = cluster.http.post("/v1/completions", json={"model": cluster.model, "prompt": "Hello"})
+    assert refusal.status_code == 503
+    assert "the pipeline is down: killed by signal 9" in refusal.text
+    assert cluster.has_status(503)
+    assert not cluster.view().serving
+    assert cluster.metrics()["molink_serving"] == 0
+    cluster.check_mended()
+    assert cluster.metrics()["molink_serving"] == 1
+
+
+def test_the_heads_own_stage_is_killed_while_another_is_loaded(cluster: Faulty) -> None:
+    running = requests_in_flight(cluster)
+    since = len(cluster.head.log)
+    kill_stage(cluster.members[0])
+    for request in running:
+        request.wait(END_S)
+    cluster.expect("stage 2 of 2", since)
+    kill_stage(cluster.head)
+    cluster.expect("the stage's process on this machine is gone", since)
+    cluster.check_mended()
+
+
+def test_a_node_is_killed_and_joins_again(cluster: Faulty) -> None:
+    running = requests_in_flight(cluster)
+    member = cluster.members.pop()
+    member.signal(signal.SIGKILL)
+    for request in running:
+        request.wait(END_S)
+    eventually(lambda: not member.left_over(), END_S, "nothing is left of the node")
+    assert cluster.has_status(503)
+    home = {"MOLINK_HOME": str(member.home)}
+    again = cluster.add_member(name="again", environment=home)
+    again.wait_for("joined cluster")
+    assert "as node 1;" in again.log  # the identity it had
+    cluster.check_mended()
+    member.end()
+
+
+def test_a_third_node_is_a_spare_and_takes_over(cluster: Faulty) -> None:
+    spare = cluster.add_member(name="spare")
+    spare.wait_for("all layers are taken; this node is kept as a spare")
+    assert [node.role for node in cluster.view().nodes] == ["stage", "stage", "spare"]
+    running = requests_in_flight(cluster)
+    leaving = cluster.members.pop(0)
+    leaving.signal(signal.SIGTERM)
+    assert leaving.wait() == 0
+    assert leaving.left_over() == []
+    for request in running:
+        request.wait(END_S)
+    cluster.check_mended()
+    assert [stage.node for stage in cluster.view().stages] == ["head", "spare"]
+    leaving.end()
+
+
+def test_the_head_is_killed_and_started_again(cluster: Faulty) -> None:
+    """Its node keeps asking for it, and is a stage again without a new token."""
+    running = requests_in_flight(cluster)
+    old = cluster.head
+    old.signal(signal.SIGKILL)
+    assert old.wait() == -signal.SIGKILL
+    for request in running:
+        request.wait(END_S)
+    eventually(lambda: not old.left_over(), END_S, "nothing is left of the head")
+    (member,) = cluster.members
+    member.wait_for("lost the head")
+    assert len(member.processes("molink.entrypoints.stage")) == 0
+    cluster.start_head(name="head2", environment={"MOLINK_HOME": str(old.home)})
+    cluster.wait_until_serving()
+    cluster.check_mended()
+    old.end()
