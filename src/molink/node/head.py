@@ -150,6 +150,7 @@ class HeadAgent(Agent):
         payload = to_engine.encode(message)
         for port in (Port.GATEWAY, Port.ENGINE):
             self.send_control(HEAD, port, payload)
+        self._publish_view()
 
     # Nodes come and go
 
@@ -373,6 +374,9 @@ class HeadAgent(Agent):
 
     async def _publish_views(self) -> None:
         while True:
-            message = to_engine.ClusterView(self._view_json())
-            self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
+            self._publish_view()
             await asyncio.sleep(VIEW_INTERVAL_S)
+
+    def _publish_view(self) -> None:
+        message = to_engine.ClusterView(self._view_json())
+        self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
