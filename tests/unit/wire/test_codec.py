@@ -105,6 +105,8 @@ def plain(value: Any) -> Any:
     match value:
         case float():
             return float, struct.pack("<d", value)
+        case complex():
+            return complex, struct.pack("<2d", value.real, value.imag)
         case set() | frozenset():
             return type(value), sorted(map(repr, map(plain, value)))
         case dict():
