@@ -1,11 +1,15 @@
 """vLLM's own OpenAI server over a pipeline."""
 
 import socket
+import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import vllm.envs as envs
+from pydantic import ValidationError
+from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
 from vllm.entrypoints.launchers.app import build_app
@@ -20,13 +24,26 @@ SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
 
 def parse_flags(model: str, host: str, port: int, flags: list[str]) -> Any:
-    """vLLM's arguments; exits with status 2 and vLLM's message for a wrong flag."""
+    """vLLM's arguments; exits with status 2 and vLLM's message for what it does not take."""
     parser = make_arg_parser(FlexibleArgumentParser(prog="molink serve", allow_abbrev=False))
     arguments = parser.parse_args([f"--model={model}", f"--host={host}", f"--port={port}", *flags])
     if arguments.served_model_name is None:
         arguments.served_model_name = [model]
     validate_parsed_serve_args(arguments)
+    with _saying_what_is_wrong():
+        AsyncEngineArgs.from_cli_args(arguments).create_model_config()
     return arguments
+
+
+@contextmanager
+def _saying_what_is_wrong() -> Iterator[None]:
+    """End like the parser, in one line, when a configuration of vLLM's refuses its values."""
+    try:
+        yield
+    except ValidationError as error:
+        reasons = (" ".join(reason["msg"].split()) for reason in error.errors())
+        print(f"molink serve: error: {'; '.join(reasons)}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
 
 
 async def serve(
@@ -44,7 +61,9 @@ async def serve(
     arguments.scheduler_cls = SCHEDULER
     arguments.async_scheduling = False
     _, listening = setup_server(arguments, reuse_port=False)
-    async with build_async_engine_client(arguments) as client:
+    async with AsyncExitStack() as stack:
+        with _saying_what_is_wrong():
+            client = await stack.enter_async_context(build_async_engine_client(arguments))
         tasks = await client.get_supported_tasks()
         app = build_app(arguments, tasks, client.model_config)
         customise(app)
