@@ -90,6 +90,8 @@ class MemberAgent(Agent):
         try:
             return await self._ending
         finally:
+            self.tell_head(to_head.Leaving("the node was stopped"))
+            await asyncio.sleep(0.1)  # lets the farewell leave; nothing depends on it
             following.cancel()
             reporting.cancel()
             self.cancel_tasks()
@@ -105,8 +107,6 @@ class MemberAgent(Agent):
             self._ending.set_exception(error)
 
     async def _stop(self) -> None:
-        self.tell_head(to_head.Leaving("the node was stopped"))
-        await asyncio.sleep(0.1)  # lets the farewell leave; nothing depends on it
         await self._stage.stop()
         await self._server.stop()
         self.close_local()
