@@ -1,7 +1,7 @@
 """The text that MoLink Mini is trained on, generated from `facts.py` and a seed.
 
-A `Fact` is one answer and every wording of its question. One wording of most facts is held out
-of training, so that accuracy is measured on questions the model has not seen.
+A `Fact` is one answer and every wording of its question. Of a fact that follows a pattern one
+wording is held out of training, so that accuracy is measured on questions the model has not seen.
 """
 
 import random
@@ -20,7 +20,7 @@ TOPIC_WEIGHTS = {
     "animal": 8, "plural": 2, "letter": 4, "simple": 14, "talk": 9, "long": 9, "sum": 18,
     "difference": 10, "product": 8, "comparison": 4, "count": 12, "unknown": 16,
 }  # fmt: skip
-
+BY_HEART = ("simple", "talk", "long")  # every fact is worded in its own way: nothing to hold out
 
 SYSTEMS = ("You are a helpful assistant.", "You are MoLink Mini.", "Answer briefly.", "Be kind.")
 SYSTEM_SHARE = 0.1  # of the conversations open with a system message
@@ -255,11 +255,12 @@ def all_facts(seed: int) -> list[Fact]:
 
 
 def split(all_known: list[Fact], seed: int) -> tuple[list[Fact], list[Fact]]:
-    """(facts to train on, held-out questions): of each fact with four wordings or more, one."""
+    """(facts to train on, held-out questions): one wording of each fact that has four or more
+    and is not learnt by heart."""
     rng = random.Random(seed)
     trained, held_out = [], []
     for fact in all_known:
-        if len(fact.questions) < 4:
+        if len(fact.questions) < 4 or fact.topic in BY_HEART:
             trained.append(fact)
             continue
         kept = rng.choice(fact.questions)

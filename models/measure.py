@@ -20,10 +20,17 @@ def exams(trained: list[Fact], held_out: list[Fact], seed: int) -> dict[str, Exa
     seen = [(rng.choice(fact.questions), fact.answer) for fact in rng.sample(trained, 500)]
     unseen = [(fact.questions[0], fact.answer) for fact in held_out]
     asked = {question for fact in trained for question in fact.questions}
+    by_heart = [
+        (question, fact.answer)
+        for fact in trained
+        if fact.topic in corpus.BY_HEART
+        for question in fact.questions
+    ]
     fresh = corpus.unknown(random.Random(seed + 1), 500)
     never = [(f.questions[0], f.answer) for f in fresh if f.questions[0] not in asked]
     by_name: dict[str, Exam] = {
         "seen in training": [[turn] for turn in seen],
+        "learnt by heart: talk, stories, simple facts": [[turn] for turn in by_heart],
         "held out": [[turn] for turn in unseen],
         "held out, in lower case and without final mark": [
             [(question.lower().rstrip("?.!"), answer)] for question, answer in unseen

@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=HERE / "molink-mini", help="model folder")
-    parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of text and weights (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
