@@ -10,6 +10,7 @@ starts inherits a mark in its environment, by which it is found again, whatever 
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -38,6 +39,12 @@ TAIL_LINES = 25
 POLL_S = 0.05
 MARK = "MOLINK_TEST_MACHINE"  # holds the machine's folder
 COMMAND = "from molink.cli.main import app; app()"
+LIST_SOCKETS = """
+import json, psutil, socket, sys
+sockets = [s for pid in sys.argv[1:] for s in psutil.Process(int(pid)).net_connections("inet")]
+waiting = lambda s: s.status == "LISTEN" or s.type == socket.SOCK_DGRAM and not s.raddr
+print(json.dumps([s.laddr for s in sockets if waiting(s)]))
+"""
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -101,6 +108,7 @@ class Machine:
         self.tmp = folder / "tmp"
         self.tmp.mkdir(parents=True)
         self._log = folder / "log"
+        self._prefix = prefix
         own = {"MOLINK_HOME": str(self.home), "TMPDIR": str(self.tmp), MARK: str(folder)}
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
@@ -155,14 +163,14 @@ class Machine:
         return [process for process in _marked(self.folder) if part in _command(process)]
 
     def listening(self, part: str = "") -> list[tuple[str, int]]:
-        """(host, port) of every TCP and UDP socket on which those processes wait for others."""
-        return [
-            (connection.laddr.ip.removeprefix("::ffff:"), connection.laddr.port)
-            for process in self.processes(part)
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-            or (connection.type == socket.SOCK_DGRAM and not connection.raddr)
-        ]
+        """(host, port) of every TCP and UDP socket on which those processes wait for others.
+
+        Looked up by a process on the machine itself: the kernel shows it only its own network.
+        """
+        pids = [str(process.pid) for process in self.processes(part)]
+        command = [*self._prefix, sys.executable, "-c", LIST_SOCKETS, *pids]
+        found = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        return [(host.removeprefix("::ffff:"), port) for host, port in json.loads(found)]
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the command alone, as `kill` does."""

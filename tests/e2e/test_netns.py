@@ -1,0 +1,93 @@
+"""Machines that cannot dial one another: the head relays between them, until they can."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from tests.e2e.cluster import Cluster, eventually
+from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
+from tests.e2e.namespaces import Namespaces, can_make_namespaces, command_prefix, run_in
+from tests.e2e.test_sockets import check_sockets
+from tests.factories import make_completion, make_prompts
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.netns,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not can_make_namespaces(), reason="may not make network namespaces"),
+]
+
+REPORTS_S = 2.5  # within it every agent has told the head its counters
+TOKENS = 32
+PROMPTS = make_prompts([20, 150])
+REQUESTS = [make_completion(prompt, max_tokens=TOKENS, ignore_eos=True) for prompt in PROMPTS]
+# What two stages exchange for them: hidden states and residual of 128 bfloat16 values each.
+ACTIVATIONS = sum(len(prompt) + TOKENS - 1 for prompt in PROMPTS) * 2 * 128 * 2
+
+Traffic = dict[tuple[str, str], int]
+"""Bytes sent over every link, by the names of its ends."""
+
+
+@pytest.fixture
+def namespaces() -> Iterator[Namespaces]:
+    with Namespaces("a", "b") as namespaces:
+        assert namespaces.can_reach("a", "head")
+        assert namespaces.can_reach("b", "head")
+        assert not namespaces.can_reach("a", "b")
+        yield namespaces
+
+
+def traffic(cluster: Cluster) -> Traffic:
+    time.sleep(REPORTS_S)
+    return {(link.source, link.destination): link.bytes_sent for link in cluster.view().links}
+
+
+def ask(cluster: Cluster) -> tuple[list[list[int]], Traffic]:
+    """The answers' tokens, and what they cost."""
+    before = traffic(cluster)
+    answers = cluster.ask(REQUESTS)
+    after = traffic(cluster)
+    tokens = [choice["token_ids"] for answer in answers for choice in answer["choices"]]
+    return tokens, {link: after[link] - before.get(link, 0) for link in after}
+
+
+def test_the_head_relays_between_nodes_that_cannot_dial(namespaces: Namespaces) -> None:
+    run_in("head", lambda: relay_then_link(namespaces))
+
+
+def relay_then_link(namespaces: Namespaces) -> None:
+    flags = [f"--max-model-len={MAX_MODEL_LEN}", "--no-enable-prefix-caching"]
+    cluster = Cluster(BUNDLED, nodes=3, flags=flags, head_arguments=["--listen=0.0.0.0:0"])
+    try:
+        cluster.start_head()
+        for host in ("a", "b"):
+            there = {"arguments": ["--listen=0.0.0.0:0"], "prefix": command_prefix(host)}
+            cluster.add_member(name=host, **there)
+            cluster.head.wait_for(f"{host} has joined")
+        cluster.wait_until_serving()
+        assert [stage.node for stage in cluster.view().stages] == ["head", "a", "b"]
+        check_sockets(cluster.head, ("127.0.0.1", int(cluster.url.rpartition(":")[2])))
+        for member in cluster.members:
+            check_sockets(member, None)
+
+        tokens, relayed = ask(cluster)
+        assert {frozenset(link) for link in relayed} == {
+            frozenset({"head", "a"}),
+            frozenset({"head", "b"}),
+        }
+        assert relayed["a", "head"] > ACTIVATIONS
+        assert relayed["head", "b"] > ACTIVATIONS
+
+        namespaces.connect("a", "b")
+        assert namespaces.can_reach("a", "b")
+        (stage,) = cluster.members[1].processes("molink.entrypoints.stage")
+        stage.kill()
+        eventually(lambda: cluster.http.get("/health").status_code == 503, 10, "it is down")
+        eventually(lambda: cluster.http.get("/health").status_code == 200, 90, "it serves again")
+        again, direct = ask(cluster)
+        assert again == tokens
+        assert direct["a", "b"] > ACTIVATIONS
+        assert direct["head", "b"] < relayed["head", "b"] - ACTIVATIONS / 2
+        cluster.stop()
+    finally:
+        cluster.end()
