@@ -71,13 +71,14 @@ class Contestant:
     def spawn(self, command: tuple[str, ...], **environment: str) -> Path:
         """Start one process of the server; returns its log."""
         log = self.folder / f"{len(self._roots)}.log"
+        own = {"VLLM_RPC_BASE_PATH": str(self.folder)}  # otherwise sockets stay in /tmp
         with open(log, "wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT, **environment},
+                env={**os.environ, **ENVIRONMENT, **own, **environment},
                 start_new_session=True,  # Ctrl-C reaches the benchmark alone, which ends them
             )
         self._roots.append(process)

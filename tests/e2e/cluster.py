@@ -210,6 +210,7 @@ class Cluster:
         layers: pins, one per machine, head first ("A:B", "none", None); instead of `--nodes`.
         flags: vLLM's flags for the head, besides float32 and eager mode.
         head_arguments: further arguments of `molink serve`.
+        member_arguments: further arguments of every `molink join`.
     """
 
     def __init__(
@@ -220,6 +221,7 @@ class Cluster:
         layers: Sequence[str | None] = (),
         flags: Sequence[str] = (),
         head_arguments: Sequence[str] = (),
+        member_arguments: Sequence[str] = (),
     ) -> None:
         self.model = str(model)
         self.url = f"http://127.0.0.1:{free_port()}"
@@ -227,6 +229,7 @@ class Cluster:
         self._nodes = len(layers) or nodes
         self._layers = layers
         self._arguments = [*FLAGS, *flags, *head_arguments]
+        self._member_arguments = member_arguments
         self._root = Path(tempfile.mkdtemp(prefix="mo-", dir="/tmp"))
         self._shared_memory: set[Path] = set()
 
@@ -272,8 +275,8 @@ class Cluster:
         name = name or f"node{len(self.members) + 1}"
         pin = [f"--layers={layers}"] if layers else []
         own = [f"--token-file={self.token_file}", "--listen=127.0.0.1:0", f"--name={name}", *pin]
-        machine = Machine(self._root / name, ["join", *own, *arguments], **options)
-        self.members.append(machine)
+        all_arguments = ["join", *own, *self._member_arguments, *arguments]
+        self.members.append(Machine(self._root / name, all_arguments, **options))
         return self.members[-1]
 
     def wait_until_serving(self, timeout_s: float = START_S) -> None:

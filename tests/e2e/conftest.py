@@ -31,6 +31,7 @@ class Case:
     nodes: int = 2
     layers: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    member_flags: tuple[str, ...] = ()
 
 
 TIGHT = "llama-3"  # so little KV memory that requests preempt one another
@@ -42,6 +43,7 @@ CASES = {
     "qwen3-3": Case("qwen3", nodes=3),
     "qwen3-4": Case("qwen3", nodes=4),
     "llama-4": Case("llama", layers=("none", "0:3", "3:4", "4:6", "6:8")),
+    "llama-tp": Case("llama", nodes=2, member_flags=("--tensor-parallel-size=2",)),
 }
 
 
@@ -81,8 +83,13 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="session")
 def pipeline(case: Case, models: dict[str, Path]) -> Iterator[Cluster]:
     """The cluster of the case; what a test does to it, the next must bear."""
-    flags = (*PIPELINE, *case.flags)
-    with Cluster(models[case.family], case.nodes, layers=case.layers, flags=flags) as cluster:
+    with Cluster(
+        models[case.family],
+        case.nodes,
+        layers=case.layers,
+        flags=(*PIPELINE, *case.flags),
+        member_arguments=case.member_flags,
+    ) as cluster:
         yield cluster
 
 

@@ -12,11 +12,15 @@ from vllm.v1.request import Request, RequestStatus
 from molink.core.errors import WireError
 from molink.engine.lost import LostStep
 from molink.engine.types import build_codec
-from molink.planning.chunks import pending_that_fills, prefill_tokens_per_step
+from molink.planning.micro_batches import (
+    decodes_per_step,
+    pending_that_fills,
+    prefill_tokens_per_step,
+)
 
 
 class PipelineScheduler(Scheduler):
-    """Cuts prefill so that all stages have work early; ends requests whose pipeline is lost."""
+    """Cuts work so that all stages have some; ends requests whose pipeline is lost."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,20 +44,28 @@ class PipelineScheduler(Scheduler):
             self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self.max_num_scheduled_tokens = self._token_budget()
+        num_decodes = self._choose_decodes()
+        self.max_num_scheduled_tokens = self._token_budget(num_decodes)
         return super().schedule(throttle_prefills)
 
-    def _token_budget(self) -> int:
-        """All decodes that are ready, and as much prefill as lets every stage start early."""
+    def _choose_decodes(self) -> int:
+        """Hold back the decodes that make this step larger than its share; how many stay."""
+        decoding = [r for r in self.running if r.num_tokens - r.num_computed_tokens <= 1]
+        ready = [r for r in decoding if r.num_tokens > r.num_computed_tokens]
+        share = decodes_per_step(len(decoding), self._num_stages)
+        for request in ready[share:]:
+            # vLLM counts the step before it looks; it takes this request in the one after.
+            request.next_decode_eligible_step = self.current_step + 2
+        return min(len(ready), share)
+
+    def _token_budget(self, num_decodes: int) -> int:
+        """The chosen decodes, and as much prefill as lets every stage start early."""
         if not self.scheduler_config.enable_chunked_prefill:
             return self._max_tokens
-        num_decodes, pending = 0, 0
+        pending = 0
         for request in chain(self.running, self.waiting):
             num_tokens = request.num_tokens - request.num_computed_tokens
-            if num_tokens == 1:
-                num_decodes += 1
-            else:
-                pending += num_tokens
+            pending += num_tokens if num_tokens > 1 else 0
             if pending > self._enough:
                 break
         budget = num_decodes + prefill_tokens_per_step(pending, self._num_stages)

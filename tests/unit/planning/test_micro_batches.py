@@ -1,10 +1,11 @@
-"""Prefill is cut so that the pipeline fills, and never into crumbs."""
+"""Prefill is cut so that the pipeline fills, and never into crumbs; steps share decodes evenly."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molink.planning.chunks import (
+from molink.planning.micro_batches import (
     STEP_COST_TOKENS,
+    decodes_per_step,
     pending_that_fills,
     prefill_tokens_per_step,
 )
@@ -49,3 +50,10 @@ def test_the_workload_of_the_benchmark_is_cut() -> None:
 def test_counting_may_stop_where_a_step_is_full(max_tokens: int, num_stages: int) -> None:
     enough = pending_that_fills(max_tokens, num_stages)
     assert prefill_tokens_per_step(enough, num_stages) >= max_tokens
+
+
+@given(st.integers(0, 4_096), STAGES)
+def test_a_round_takes_every_decode_in_equal_steps(num_decoding: int, num_stages: int) -> None:
+    share = decodes_per_step(num_decoding, num_stages)
+    assert share * num_stages >= num_decoding
+    assert (share - 1) * num_stages < num_decoding or share == 0

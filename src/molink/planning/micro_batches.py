@@ -1,4 +1,4 @@
-"""How much prefill one step takes, so that all stages of a pipeline have work early."""
+"""How much work one step takes, so that all stages of a pipeline are busy."""
 
 import math
 
@@ -23,3 +23,13 @@ def prefill_tokens_per_step(pending: int, num_stages: int) -> int:
 def pending_that_fills(max_tokens: int, num_stages: int) -> int:
     """Prompt tokens beyond which a step takes `max_tokens` anyway, so that counting can stop."""
     return 2 * (max_tokens + max_tokens**2 * (num_stages - 1) // STEP_COST_TOKENS)
+
+
+def decodes_per_step(num_decoding: int, num_stages: int) -> int:
+    """Requests that decode in one step when `num_decoding` do so now, in any step.
+
+    As many steps are in flight as there are stages, and a request is in one of them. Each passes
+    every stage once a round, so the round takes `num_stages` times the largest step: equal steps
+    make the shortest round.
+    """
+    return math.ceil(num_decoding / num_stages)
