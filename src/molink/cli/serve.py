@@ -14,7 +14,7 @@ import psutil
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
-from molink.cli.flags import check_addresses, check_flags, stage_settings, value_of
+from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings, value_of
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.model_files import read_model
 from molink.cluster.state import ClusterState
@@ -26,7 +26,12 @@ from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
 from molink.node.stage_host import StageHost
-from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
+from molink.transport.identity import (
+    AUTHORITY_LIFETIME,
+    ClusterAuthority,
+    NodeIdentity,
+    NodeKey,
+)
 from molink.transport.token import JoinToken, new_secret
 
 TOKEN_LIFETIME_S = 24 * 3600
@@ -58,7 +63,9 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="Write the join token here (0600).")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu or cuda; must be what vLLM was installed for.")
+    ] = "auto",
     cluster: Annotated[
         str | None, typer.Option(help="Name of the cluster's folder under MOLINK_HOME.")
     ] = None,
@@ -74,18 +81,19 @@ def serve(
     try:
         if model.startswith("-"):
             raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
+        check_device(device)
         check_flags(flags)
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
         if nodes in (None, 1) and layers is None:
-            _plain_vllm(model, host, port, device, flags)
+            _plain_vllm(model, host, port, flags)
         folder = ClusterFolder(_slug(cluster or model))
         run_until_signal(
             lambda on_signal: _serve(
                 on_signal,
                 folder,
-                EngineSettings(model, host, port, tuple(flags), {}),
-                _settings(model, host, port, listen, advertise, layers, device, name, flags),
+                EngineSettings(model, host, port, tuple(flags)),
+                _settings(model, host, port, listen, advertise, layers, name, flags),
                 nodes,
                 token_file,
             )
@@ -101,7 +109,6 @@ def _settings(
     listen: str,
     advertise: str | None,
     layers: str | None,
-    device: str,
     name: str | None,
     flags: list[str],
 ) -> HeadSettings:
@@ -111,17 +118,14 @@ def _settings(
         advertise=advertise,
         layers=layers,
         versions=own_versions(),
-        stage=stage_settings(model, device, flags, send=False),
+        stage=stage_settings(model, flags, send=False),
         http=f"http://{host}:{port}",
     )
 
 
-def _plain_vllm(model: str, host: str, port: int, device: str, flags: list[str]) -> None:
+def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
     """Become vLLM's own server; does not return."""
-    own_versions()
     say("one node: this is plain vLLM, without any agent; add --nodes N to serve over N machines")
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port), *flags]
     os.execv(sys.executable, command)
@@ -135,7 +139,7 @@ async def _serve(
     nodes: int | None,
     token_file: Path | None,
 ) -> None:
-    model = read_model(engine.model)
+    model = read_model(engine.model, value_of(list(engine.vllm_flags), "--revision"))
     if settings.layers not in (None, "none"):
         LayerRange.parse(settings.layers, model.num_layers)
     authority = _authority(folder)
@@ -237,7 +241,10 @@ def _authority(folder: ClusterFolder) -> ClusterAuthority:
 
 def _identity(authority: ClusterAuthority, name: str) -> NodeIdentity:
     key = NodeKey()
-    certificate = authority.sign_node(key.request_pem(), node=HEAD, name=name)
+    # The authority's key lies in the same folder: a shorter life would protect nothing.
+    certificate = authority.sign_node(
+        key.request_pem(), node=HEAD, name=name, valid_for=AUTHORITY_LIFETIME
+    )
     return key.accept(
         certificate, authority.certificate_pem, authority_key=authority.public_key_bytes
     )

@@ -28,11 +28,6 @@ def status(
     try:
         check_addresses({"HEAD:PORT": head})
         answers = asyncio.run(_ask(head))
-        if not answers:
-            raise UsageError(
-                "no cluster answers here; start one with molink serve, or run this on a machine "
-                "that has joined one"
-            )
         if len(answers) > 1:
             known = ", ".join(answers)
             raise UsageError(f"several clusters answer: {known}; name one: molink status HEAD:PORT")
@@ -46,29 +41,38 @@ def status(
 
 
 async def _ask(head: str | None) -> dict[str, bytes]:
-    """What the heads say, by address; with `head` only that one, or why it does not answer."""
-    known = {}
-    for folder in known_clusters():
-        address = head or _head_of(folder)
-        identity = _identity_of(folder)
-        if address and identity and address not in known:
-            known[address] = identity
-    if head and not known:
-        raise UsageError(f"this machine has no identity in any cluster, so {head} will not answer")
+    """What the heads say, by address; with `head` only that one.
+
+    Raises:
+        MolinkError: nobody answers, and why.
+    """
     if head:
         return {head: await _ask_with_any(head)}
+    known: dict[str, NodeIdentity] = {}
+    for folder in known_clusters():
+        address, identity = _head_of(folder), _identity_of(folder)
+        if address and identity:
+            known.setdefault(address, identity)
     answers = await asyncio.gather(
         *(fetch_status(address, identity, TIMEOUT_S) for address, identity in known.items()),
         return_exceptions=True,
     )
-    return {
-        a: answer for a, answer in zip(known, answers, strict=True) if isinstance(answer, bytes)
-    }
+    found = dict(zip(known, answers, strict=True))
+    answered = {address: data for address, data in found.items() if isinstance(data, bytes)}
+    if not answered:
+        reasons = "".join(f" ({error})" for error in answers if isinstance(error, BaseException))
+        raise UsageError(
+            f"no cluster answers here{reasons}; start one with molink serve, or run this on a "
+            "machine that has joined one"
+        )
+    return answered
 
 
 async def _ask_with_any(head: str) -> bytes:
-    """Ask with each identity of this machine in turn; raises LinkError of the last."""
-    trouble = LinkError(f"{head} does not answer")
+    """Ask with each identity of this machine in turn; raises the last one's LinkError."""
+    trouble: MolinkError = UsageError(
+        f"this machine has no identity in any cluster, so {head} will not answer"
+    )
     for folder in known_clusters():
         identity = _identity_of(folder)
         if identity is None:

@@ -19,5 +19,5 @@ class Resources:
     device: str  # "cpu", "cuda: NVIDIA GeForce RTX 4090", ...
     num_devices: int
     free_bytes: int  # memory that weights and KV cache may use, all devices of the stage together
-    bytes_per_s: float  # memory read bandwidth, which bounds decode (median of several passes)
+    bytes_per_s: float  # memory read bandwidth, which bounds decode (the fastest of several passes)
     flop_per_s: float  # matrix product, which bounds prefill

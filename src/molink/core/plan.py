@@ -59,18 +59,5 @@ class Pipeline:
     epoch: int = 1
 
     @property
-    def num_layers(self) -> int:
-        return self.stages[-1].layers.end
-
-    @property
-    def partition(self) -> list[int]:
-        """Layers per stage, in order."""
-        return [len(stage.layers) for stage in self.stages]
-
-    @property
     def nodes(self) -> tuple[NodeId, ...]:
         return tuple(stage.node for stage in self.stages)
-
-    def index_of(self, node: NodeId) -> int:
-        """Position of the node's stage; ValueError where it has none."""
-        return self.nodes.index(node)

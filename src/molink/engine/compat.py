@@ -1,4 +1,8 @@
-"""Every touch on vLLM 0.32.0 that is not public API, with what would break it."""
+"""Touches on vLLM 0.32.0 that are not public API, with what would break each.
+
+The scheduler overrides `schedule` and `update_from_output`, and the server repeats the body of
+vLLM's `run_server`: those two stand where they are read with the rest.
+"""
 
 import json
 import os

@@ -24,18 +24,12 @@ _DEFAULTS = {
 _LOOPBACK_ONLY = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def prepare_environment(device: str) -> None:
-    """Set what vLLM reads while it is imported, unless the user has set it.
-
-    Args:
-        device: "auto", "cpu" or "cuda"; a machine with a GPU computes on its CPU only if told to.
-    """
+def prepare_environment() -> None:
+    """Set what vLLM reads while it is imported, unless the user has set it."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     for name in _LOOPBACK_ONLY:
         os.environ[name] = "lo"
-    if device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def export(name: str, value: str) -> None:

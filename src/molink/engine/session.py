@@ -57,14 +57,6 @@ class EngineSession:
         threading.Thread(target=self._receive, name="engine-session", daemon=True).start()
         self.pipeline = self._assigned.result()
 
-    def workers(self) -> list[tuple[NodeId, int]]:
-        """(node, rank) of every worker, in the order of the executor's answers."""
-        return [
-            (NodeId(stage.node), rank)
-            for stage in self.pipeline.stages
-            for rank in range(stage.tensor_parallel_size)
-        ]
-
     def start_step(self, payload: bytes, future: Future[Any] | None) -> int:
         """Send one step to every stage; `future` gets the last stage's output. None: no answer."""
         sequence = next(self._sequence)
@@ -120,8 +112,7 @@ class EngineSession:
             return
         kind = Kind.RESULT if message.kind == Kind.RESULT else Kind.REPLY
         if message.kind == Kind.FAILURE:
-            failure = self._codec.decode(message.payload)
-            self._resolve_failure(message, str(failure))
+            self._fail_call(message)
             return
         future = self._take((kind, message.sequence, message.source.node, message.rank))
         if future is not None:
@@ -132,12 +123,11 @@ class EngineSession:
             else:
                 future.set_result(answer)
 
-    def _resolve_failure(self, message: Message, text: str) -> None:
-        for kind in (Kind.RESULT, Kind.REPLY):
-            future = self._take((kind, message.sequence, message.source.node, message.rank))
-            if future is not None:
-                stage = self._name_of(message.source.node)
-                future.set_exception(StageError(f"{stage}: {text}"))
+    def _fail_call(self, message: Message) -> None:
+        text = self._codec.decode(message.payload)
+        future = self._take((Kind.REPLY, message.sequence, message.source.node, message.rank))
+        if future is not None:
+            future.set_exception(StageError(f"{self._name_of(message.source.node)}: {text}"))
 
     def _name_of(self, node: NodeId) -> str:
         return next(stage.name for stage in self.pipeline.stages if stage.node == node)

@@ -16,7 +16,7 @@ from molink.engine.environment import (
 def main() -> None:
     die_with_parent()
     options = _parser().parse_args()
-    prepare_environment("auto")
+    prepare_environment()
     export("VLLM_RPC_BASE_PATH", str(options.run_folder))
     # vLLM reads the environment while it is imported.
     import uvloop

@@ -14,7 +14,7 @@ def main() -> None:
     die_with_parent()
     options = _parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    prepare_environment(options.device)
+    prepare_environment()
     export("VLLM_RPC_BASE_PATH", str(options.socket.parent))
     # vLLM reads the environment while it is imported.
     from molink.engine.config import engine_parser
@@ -50,7 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--tensor-parallel-size", type=int, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--device", required=True)
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("flags", nargs="*", help="the node's own vLLM engine flags")
     return parser

@@ -37,14 +37,30 @@ class Agent:
         self.stage_counters: dict[int, StageCounters] = {}
         self._local_server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something beside everything else; a failure is logged."""
+    def end(self, reason: str) -> None:
+        """Have `run` return; the first end counts."""
+        if not self._ending.done():
+            self._ending.set_result(reason)
+
+    def fail(self, error: BaseException) -> None:
+        """Have `run` raise."""
+        if not self._ending.done():
+            self._ending.set_exception(error)
+
+    def spawn(self, work: Coroutine[Any, Any, None], *, is_vital: bool = False) -> None:
+        """Run something beside everything else; a failure is logged, that of a vital one raised."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._fail_with if is_vital else self._log_failure)
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _fail_with(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+    def _log_failure(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("%s failed", task.get_coro(), exc_info=error)

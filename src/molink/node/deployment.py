@@ -54,7 +54,7 @@ class Deployment:
         if self.pipeline is not None and not self.is_down:
             self.is_down, self.was_lost, self.serving = True, True, False
             self._trouble = reason  # the engine will say it too
-            self._voice.tell_engine(PipelineDown(self.pipeline.epoch, reason))
+            self._voice.tell_engine(PipelineDown(reason))
 
     def take_half_loaded(self) -> frozenset[NodeId]:
         """Nodes whose stage was being loaded when the pipeline was lost again; told once."""
@@ -84,7 +84,7 @@ class Deployment:
             if place.node != HEAD:
                 self._voice.tell(
                     NodeId(place.node),
-                    StageAssigned(pipeline.epoch, place.start, place.end, index, len(places)),
+                    StageAssigned(place.start, place.end, index, len(places)),
                 )
         self.assigned = PipelineAssigned(pipeline.epoch, places)
         replaced = [i for i, node in enumerate(pipeline.nodes) if node in self.unloaded]

@@ -19,7 +19,6 @@ class EngineSettings:
     host: str
     port: int
     vllm_flags: tuple[str, ...]  # as typed, engine's and server's
-    environment: dict[str, str]
 
 
 class EngineHost:
@@ -56,7 +55,6 @@ class EngineHost:
                 f"--flags={json.dumps(settings.vllm_flags)}",
             ],
             log=self._log,
-            environment=settings.environment,
             exited=self._exited,
         )
         await self._child.start()

@@ -29,7 +29,7 @@ def enrol(
     certificate = authority.sign_node(
         asked.signing_request, node=node, name=coordinator.state.node(node).name
     )
-    return EnrollReply(node, certificate, authority.certificate_pem)
+    return EnrollReply(certificate, authority.certificate_pem)
 
 
 async def request_identity(address: str, token: JoinToken, name: str) -> NodeIdentity:

@@ -5,7 +5,6 @@ from what it is to what the coordinator wants, each time something has changed.
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -44,7 +43,6 @@ from molink.wire.to_agent import (
     Welcome,
 )
 
-logger = logging.getLogger("molink.agent")
 VIEW_INTERVAL_S = 1.0
 
 
@@ -87,7 +85,6 @@ class HeadAgent(Agent):
         self._server = LinkServer(
             lambda: authority.certificate_pem, self._accept, self._enrol, self._view_json
         )
-        self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._changed = asyncio.Event()
         self._engine_failure = ""  # its own words, if it had time for them
         self._held: dict[NodeId, HeldModel] = {}
@@ -120,7 +117,7 @@ class HeadAgent(Agent):
             self._coordinator.measured(HEAD, nothing, self._held[HEAD])
         else:
             await self._stage.restart(self._settings.stage)
-        self.spawn(self._settle_forever())
+        self.spawn(self._settle_forever(), is_vital=True)
         self.spawn(self._publish_views())
         try:
             return await self._ending
@@ -134,14 +131,6 @@ class HeadAgent(Agent):
         await asyncio.gather(self._engine.stop(), self._stage.stop())
         await self._server.stop()
         self.close_local()
-
-    def end(self, reason: str) -> None:
-        if not self._ending.done():
-            self._ending.set_result(reason)
-
-    def _fail(self, error: MolinkError) -> None:
-        if not self._ending.done():
-            self._ending.set_exception(error)
 
     def tell(self, node: NodeId, message: to_agent.ToAgent) -> None:
         self.send_control(node, Port.AGENT, to_agent.encode(message))
@@ -299,11 +288,7 @@ class HeadAgent(Agent):
     async def _settle_forever(self) -> None:
         while True:
             self._changed.clear()
-            try:
-                await self._settle()
-            except MolinkError as error:
-                self._fail(error)
-                return
+            await self._settle()
             await self._changed.wait()
 
     async def _settle(self) -> None:
@@ -328,7 +313,7 @@ class HeadAgent(Agent):
     def _engine_gone(self, reason: str) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
         if self._deployment.http_up or not self._deployment.was_lost:
-            self._fail(UsageError(self._engine_failure or reason))
+            self.fail(UsageError(self._engine_failure or reason))
         else:
             self.spawn(self._restart_engine())
 

@@ -1,7 +1,6 @@
 """The agent of a node that has joined: dials the head, runs one stage, obeys."""
 
 import asyncio
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -31,7 +30,6 @@ from molink.wire.to_agent import (
     Welcome,
 )
 
-logger = logging.getLogger("molink.agent")
 HEAD_DIAL_TIMEOUT_S = 10.0
 RETRY_S = 2.0
 REPORT_INTERVAL_S = 1.0
@@ -70,8 +68,6 @@ class MemberAgent(Agent):
         self._stage = stage_host(self._stage_gone)
         self._failed_starts = 0
         self._model: ModelFacts | None = None
-        self._stage_up: StageUp | None = None
-        self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._server = LinkServer(lambda: identity.authority_pem, self._accept)
         self._listen_port = 0
 
@@ -84,27 +80,19 @@ class MemberAgent(Agent):
         await self.listen_locally()
         credentials = server_credentials(lambda: self._identity)
         self._listen_port = await self._server.start(self._settings.listen, credentials)
-        following = asyncio.create_task(self._follow_head())
-        following.add_done_callback(self._followed)
-        reporting = asyncio.create_task(self._report())
+        self.spawn(self._follow_head(), is_vital=True)
+        self.spawn(self._report())
+        farewell = "the node was stopped"
         try:
             return await self._ending
+        except MolinkError as error:
+            farewell = str(error)
+            raise
         finally:
-            self.tell_head(to_head.Leaving("the node was stopped"))
+            self.tell_head(to_head.Leaving(farewell))
             await asyncio.sleep(0.1)  # lets the farewell leave; nothing depends on it
-            following.cancel()
-            reporting.cancel()
             self.cancel_tasks()
             await self._stop()
-
-    def end(self, reason: str) -> None:
-        if not self._ending.done():
-            self._ending.set_result(reason)
-
-    def _followed(self, following: asyncio.Task[None]) -> None:
-        error = None if following.cancelled() else following.exception()
-        if error is not None and not self._ending.done():
-            self._ending.set_exception(error)
 
     async def _stop(self) -> None:
         await self._stage.stop()
@@ -129,12 +117,11 @@ class MemberAgent(Agent):
             except LinkError as error:
                 reason = str(error)
             except WireError as error:
-                self._end_with(AdmissionError(f"the head's messages cannot be read: {error}"))
+                raise AdmissionError(f"the head's messages cannot be read: {error}") from error
             await dialled.channel.close()
             if not self._ending.done():
                 self._say(f"lost the head: {reason}; trying again")
                 await self._stage.stop()
-                self._stage_up = None
                 await asyncio.sleep(RETRY_S)
 
     def _hello(self) -> to_head.Hello:
@@ -177,8 +164,7 @@ class MemberAgent(Agent):
         size = self._settings.stage.tensor_parallel_size
         if isinstance(message, StageUp) and self.has_all_ranks(size):
             self._failed_starts = 0
-            self._stage_up = message
-            self._tell_ready()
+            self.tell_head(message)
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         if node != HEAD:
@@ -192,7 +178,7 @@ class MemberAgent(Agent):
             case Welcome() as welcome:
                 self.spawn(self._welcomed(welcome))
             case Refused(reason=reason):
-                self._end_with(AdmissionError(reason))
+                self.fail(AdmissionError(reason))
             case Notice(text=text):
                 self._say(text)
             case Dial() as order:
@@ -207,17 +193,13 @@ class MemberAgent(Agent):
             case Shutdown(reason=reason):
                 self.end(reason)
 
-    def _end_with(self, error: MolinkError) -> None:
-        if not self._ending.done():
-            self._ending.set_exception(error)
-
     async def _welcomed(self, welcome: Welcome) -> None:
         """Check that this machine holds the head's model, then start the stage."""
         path = self._settings.model or welcome.model
         try:
             model = await asyncio.to_thread(read_model, path, welcome.revision)
         except UsageError as error:
-            self._end_with(error)
+            self.fail(error)
             return
         self._model = model
         self._say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
@@ -225,24 +207,18 @@ class MemberAgent(Agent):
         await self._restart_stage()
 
     async def _restart_stage(self) -> None:
-        self._stage_up = None
         model = self._settings.model or (self._model.name if self._model else "")
         await self._stage.restart(replace(self._settings.stage, model=model))
 
-    def _tell_ready(self) -> None:
-        if self._stage_up is not None:
-            self.tell_head(self._stage_up)
-
     def _stage_gone(self, reason: MolinkError) -> None:
-        self._stage_up = None
         if isinstance(reason, UsageError):
-            self._end_with(reason)
+            self.fail(reason)
             return
         self._say(f"the stage's process is gone ({reason}); starting another")
         self.tell_head(to_head.StageGone(str(reason)))
         self._failed_starts += 1
         if self._failed_starts > STAGE_RESTARTS:
-            self._end_with(UsageError(f"the stage's process does not come up: {reason}"))
+            self.fail(UsageError(f"the stage's process does not come up: {reason}"))
         else:
             self.spawn(self._restart_stage())
 

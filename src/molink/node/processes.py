@@ -29,12 +29,10 @@ class Child:
         arguments: list[str],
         *,
         log: Path,
-        environment: dict[str, str],
         exited: ExitHandler,
     ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self.log = log
-        self._environment = {**os.environ, **environment}
         self._exited = exited
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -59,7 +57,6 @@ class Child:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=self._environment,
                 start_new_session=True,  # Ctrl-C reaches the agent alone, which ends its children
             )
         self._watch = asyncio.create_task(self._wait())

@@ -19,10 +19,8 @@ class StageSettings:
     """What the node's user said about its stage."""
 
     model: str
-    device: str  # "auto", "cpu" or "cuda"
     tensor_parallel_size: int
     engine_flags: tuple[str, ...]
-    environment: dict[str, str]
 
 
 class StageHost:
@@ -62,7 +60,6 @@ class StageHost:
                 f"--rank={rank}",
                 f"--tensor-parallel-size={settings.tensor_parallel_size}",
                 f"--model={settings.model}",
-                f"--device={settings.device}",
                 f"--run-folder={folder}",
                 "--",
                 *settings.engine_flags,
@@ -71,7 +68,6 @@ class StageHost:
                 STAGE_MODULE,
                 arguments,
                 log=self._logs / f"stage-{rank}.log",
-                environment=settings.environment,
                 exited=self._exited,
             )
             self._children.append(child)

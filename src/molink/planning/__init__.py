@@ -1,1 +1,1 @@
-"""Pure decisions: which node gets which layers. No I/O, no clock."""
+"""Pure decisions: which node gets which layers, and what a step takes. No I/O, no clock."""

@@ -24,7 +24,7 @@ _NOT_YET_VALID, _EXPIRED, _OTHER_NAME = 9, 10, 62  # X509_V_ERR_… of OpenSSL's
 def server_credentials(
     identity: Callable[[], NodeIdentity], enrolment_roots: Callable[[], Iterable[bytes]] = tuple
 ) -> grpc.ServerCredentials:
-    """Credentials that follow a renewed identity and tokens that come and go.
+    """Credentials that follow the identity and tokens as they change.
 
     Both functions are called on a thread of gRPC before every handshake; they must be quick and
     must not raise (gRPC would go on with what it had). The configuration is new each time, because

@@ -72,7 +72,7 @@ class NodeIdentity:
 
     @property
     def valid_until(self) -> datetime:
-        """When the certificate expires; renew it earlier."""
+        """When the certificate expires."""
         return read_certificate(self.certificate_pem).not_valid_after_utc
 
     def verify(self, now: datetime | None = None) -> PeerIdentity:

@@ -99,7 +99,7 @@ class JoinToken(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
         if now >= self.expires_at:
             raise TokenError(
                 f"the join token expired on {_date(self.expires_at)} (here it is {_date(now)}); "
-                "ask the head for a new one"
+                "start the head again for a new one"
             )
 
     def enrolment_root(self) -> bytes:

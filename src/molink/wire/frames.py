@@ -30,14 +30,14 @@ HEADER_SIZE = _HEADER.size
 class Kind(IntEnum):
     """What a message is; each is read by one receiver."""
 
-    CONTROL = 0  # agent <-> agent, agent <-> its own processes: a struct of wire.control
+    CONTROL = 0  # agent <-> agent, agent <-> its own processes: a struct of a to_… module
     STEP = 1  # engine -> every stage: run one step
     SAMPLE = 2  # engine -> last stage: the second half of a step whose grammar came later
     ACTIVATIONS = 3  # stage -> next stage: tensors of one step
     RESULT = 4  # last stage -> engine: the output of one step
     CALL = 5  # engine -> stage: one of a closed list of methods
     REPLY = 6  # stage -> engine: answer to a CALL
-    FAILURE = 7  # stage -> engine: a step or call raised
+    FAILURE = 7  # stage -> engine: a CALL raised; a stage whose step raises ends
 
 
 class Priority(IntEnum):

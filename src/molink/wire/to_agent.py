@@ -77,7 +77,6 @@ class Dial(msgspec.Struct, frozen=True, tag=True):
 class StageAssigned(msgspec.Struct, frozen=True, tag=True):
     """The node's layers, for its own display."""
 
-    epoch: int
     start: int
     end: int
     stage_index: int

@@ -23,9 +23,8 @@ class PipelineAssigned(msgspec.Struct, frozen=True, tag=True):
 
 
 class PipelineDown(msgspec.Struct, frozen=True, tag=True):
-    """A stage is lost. Steps and calls of this epoch get no answer any more."""
+    """A stage is lost. Steps and calls that wait get no answer any more."""
 
-    epoch: int
     reason: str
 
 

@@ -14,7 +14,6 @@ class EnrollRequest(msgspec.Struct, frozen=True):
 
 
 class EnrollReply(msgspec.Struct, frozen=True):
-    node_id: int
     certificate: bytes  # PEM
     authority: bytes  # PEM
 

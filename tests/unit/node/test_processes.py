@@ -69,12 +69,10 @@ class Nursery:
         (folder / "molink_test_program.py").write_text(PROGRAM)
 
     def child(self, *arguments: str) -> Child:
-        environment = {"PYTHONPATH": str(self.folder), "GREETING": "good morning"}
         child = Child(
             "molink_test_program",
             list(arguments),
             log=self.folder / "logs" / f"{len(self.children)}.log",
-            environment=environment,
             exited=lambda child, status: self.exits.put_nowait((child, status)),
         )
         self.children.append(child)
@@ -89,7 +87,9 @@ class Nursery:
 
 
 @pytest.fixture
-async def nursery(tmp_path: Path) -> AsyncIterator[Nursery]:
+async def nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Nursery]:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("GREETING", "good morning")
     nursery = Nursery(tmp_path)
     yield nursery
     for child in nursery.children:

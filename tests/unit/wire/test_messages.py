@@ -96,7 +96,7 @@ def test_ways_to_trouble_a_decoder(payload: bytes) -> None:
         (to_agent, to_head.LinkLost(3, "cut")),
         (to_head, to_agent.Shutdown("over")),
         (to_engine, to_agent.Ping(1.0)),
-        (to_agent, to_engine.PipelineDown(1, "lost")),
+        (to_agent, to_engine.PipelineDown("lost")),
     ],
 )
 def test_what_is_meant_for_another_receiver_is_refused(module: Any, message: Any) -> None:
