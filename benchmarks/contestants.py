@@ -171,12 +171,15 @@ class Vllm(Contestant):
 
     is_suspendable = True
 
-    def __init__(self, name: str, subject: Subject, stages: int = 1) -> None:
+    def __init__(
+        self, name: str, subject: Subject, stages: int = 1, flags: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(name, subject)
         self._stages = stages
+        self._flags = flags
 
     def start(self) -> None:
-        flags = [f"--model={self.subject.path}", f"--port={self.port}", *ENGINE_FLAGS]
+        flags = [f"--model={self.subject.path}", f"--port={self.port}", *ENGINE_FLAGS, *self._flags]
         if self._stages == 1:
             self.spawn((*VLLM, *flags, f"--distributed-executor-backend={IN_PROCESS}"))
             return
@@ -186,7 +189,7 @@ class Vllm(Contestant):
 
 
 class VllmDefault(Contestant):
-    """vLLM's own server as it starts without being told how."""
+    """vLLM's own server with the executor that it chooses itself."""
 
     is_suspendable = True
 

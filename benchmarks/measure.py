@@ -1,4 +1,4 @@
-"""Paired rounds: every contestant answers the same prompts, in a new order each round."""
+"""Paired rounds: every contestant answers the same prompts, in turned order every other round."""
 
 import asyncio
 import time
@@ -32,6 +32,7 @@ class Sample:
     cpu_s: dict[str, float]  # by process, the client's too
     link_bytes_per_token: float | None  # of tokens that passed the layers; over all links
     stage_compute_s: dict[str, float]  # wall seconds inside steps, waiting for a core counted
+    others_cpu_s: float  # of contestants that idle meanwhile
     elsewhere_cpu_s: float  # used by, or stolen from, the machine by anything else
 
     def figures(self) -> dict[str, float]:
@@ -47,6 +48,7 @@ class Sample:
             flat["link bytes/token"] = self.link_bytes_per_token
         for role, seconds in sorted(self.cpu_s.items()):
             flat[f"CPU s, {role}"] = seconds
+        flat["CPU s, idle contestants"] = self.others_cpu_s
         flat["CPU s, elsewhere"] = self.elsewhere_cpu_s
         for role, seconds in sorted(self.stage_compute_s.items()):
             flat[f"in steps s, {role}"] = seconds
@@ -93,19 +95,25 @@ def alternate(
     samples: dict[str, list[Sample]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds):
         prompts = workload.prompts(subject.vocab_size, seed=number + 1)
-        first = number % len(contestants)
-        for contestant in (*contestants[first:], *contestants[:first]):
+        for contestant in contestants if number % 2 == 0 else contestants[::-1]:
             say(f"round {number + 1} of {rounds}: {contestant.name}")
-            samples[contestant.name].append(_sample(contestant, prompts, workload))
+            others = [other for other in contestants if other is not contestant]
+            samples[contestant.name].append(_sample(contestant, others, prompts, workload))
     return samples
 
 
-def _sample(contestant: Contestant, prompts: list[list[int]], workload: Workload) -> Sample:
+def _sample(
+    contestant: Contestant,
+    others: Sequence[Contestant],
+    prompts: list[list[int]],
+    workload: Workload,
+) -> Sample:
     contestant.resume()
+    time.sleep(REPORTS_ARRIVE_S)  # what was stopped catches up, what waits for reports has them
     cluster = contestant.cluster()
-    before, whole = _cpu_seconds(contestant), _busy_s()
+    before, idle, whole = _cpu_seconds(contestant), _all_cpu_s(others), _busy_s()
     done = ask(contestant, prompts, workload.output_tokens)
-    whole = _busy_s() - whole
+    whole, idle = _busy_s() - whole, _all_cpu_s(others) - idle
     cpu = {role: used - before.get(role, 0.0) for role, used in _cpu_seconds(contestant).items()}
     link_bytes, compute = None, {}
     if cluster is not None:
@@ -123,12 +131,17 @@ def _sample(contestant: Contestant, prompts: list[list[int]], workload: Workload
         cpu_s=cpu,
         link_bytes_per_token=link_bytes,
         stage_compute_s=compute,
-        elsewhere_cpu_s=whole - sum(cpu.values()),
+        others_cpu_s=idle,
+        elsewhere_cpu_s=whole - idle - sum(cpu.values()),
     )
 
 
 def _cpu_seconds(contestant: Contestant) -> dict[str, float]:
     return {**contestant.cpu_seconds(), "client": time.process_time()}
+
+
+def _all_cpu_s(contestants: Sequence[Contestant]) -> float:
+    return sum(sum(contestant.cpu_seconds().values()) for contestant in contestants)
 
 
 def _busy_s() -> float:

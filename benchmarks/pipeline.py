@@ -31,7 +31,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from soak import soak
 from workload import Workload
 
+from molink.planning.micro_batches import prefill_tokens_per_step
+
 ONE, VLLM_TWO, OURS_ALONE = "one process", "vLLM's pipeline, 2", "molink serve"
+# Our scheduler cuts prefill on its own; here vLLM's is told to cut as ours does at first.
+VLLM_CUT = "vLLM's pipeline, 2, cut prefill"
 MEMORY_MARKS = (2_000, 10_000)  # requests
 MEMORY_LIMIT_S = 300.0
 
@@ -44,7 +48,7 @@ class Benchmark:
         self._console = console
         self._say = say
         self._workload = Workload(output_tokens=16) if options.quick else Workload()
-        self._rounds = options.rounds or (2 if options.quick else 5)
+        self._rounds = options.rounds or (2 if options.quick else 6)
         self.results: dict[str, Any] = {}
 
     def run(self) -> None:
@@ -68,8 +72,13 @@ class Benchmark:
 
     def _pipelines(self, subject: Subject) -> None:
         ours = [Molink(_ours(stages), subject, stages) for stages in self._options.stages]
-        pairs = [(each.name, theirs) for each in ours for theirs in (VLLM_TWO, ONE)]
-        contestants = [Vllm(ONE, subject), Vllm(VLLM_TWO, subject, stages=2), *ours]
+        pairs = [(each.name, theirs) for each in ours for theirs in (VLLM_TWO, VLLM_CUT, ONE)]
+        theirs = [
+            Vllm(ONE, subject),
+            Vllm(VLLM_TWO, subject, stages=2),
+            Vllm(VLLM_CUT, subject, stages=2, flags=_cut(self._workload)),
+        ]
+        contestants = [*theirs, *ours]
         samples = self._compare(subject, contestants, [*pairs, (VLLM_TWO, ONE)])
         if subject.name == RANDOM.name and 2 in self._options.stages:
             self._bounds(samples)
@@ -99,6 +108,11 @@ class Benchmark:
         self.results["memory"] = soak(subject, MEMORY_MARKS, MEMORY_LIMIT_S, self._say)
         for title, values in self.results["memory"].items():
             self._console.print(report.values_table(title, values))
+
+
+def _cut(workload: Workload) -> tuple[str, ...]:
+    prompts = workload.num_requests * workload.prompt_tokens
+    return (f"--max-num-batched-tokens={prefill_tokens_per_step(prompts, num_stages=2)}",)
 
 
 def _ours(stages: int) -> str:
@@ -144,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="2 short rounds: does it run?")
-    parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 5)")
+    parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 6)")
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3], help="of ours")
     parser.add_argument("--model", type=Path, action="append", help="a folder, instead of both")
     parser.add_argument("--json", type=Path, help="write every figure here")

@@ -49,6 +49,10 @@ class Answer:
         return self.arrivals[0] - self.sent_at
 
     @property
+    def events_per_token(self) -> float:
+        return len(self.arrivals) / self.output_tokens
+
+    @property
     def tpot_s(self) -> float:
         """Mean seconds between tokens after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / max(self.output_tokens - 1, 1)
@@ -84,9 +88,12 @@ class Round:
         return max(answer.arrivals[0] for answer in self.answers)
 
     def decode_step_s(self) -> float:
-        """Seconds of one round of decoding, once every prompt is computed."""
+        """Seconds of one round of decoding, once every prompt is computed.
+
+        A server that lags puts several tokens into one event, so events are scaled to tokens.
+        """
         steps = [
-            (answer.arrivals[-1] - later[0]) / (len(later) - 1)
+            (answer.arrivals[-1] - later[0]) / (len(later) - 1) * answer.events_per_token
             for answer in self.answers
             if len(later := [time for time in answer.arrivals if time >= self.prefilled_at]) > 1
         ]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,10 @@ MOLINK = ROOT / ".venv" / "bin" / "molink"
 QUESTION = "What is the capital of France?"
 START_TIMEOUT_S = 180.0
 VLLM_FLAGS = ["--enforce-eager", "--max-model-len=1024", "--served-model-name=molink-mini"]
+
+
+class DemoError(Exception):
+    """The two nodes do not serve; their logs tell more."""
 
 
 class Demo:
@@ -53,9 +58,9 @@ class Demo:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not is_done():
             if any(process.poll() is not None for process in self._processes):
-                sys.exit("a node has ended; its last words are above")
+                raise DemoError("a node has ended; its last words are above")
             if time.monotonic() > deadline:
-                sys.exit(f"not up after {START_TIMEOUT_S:.0f} s; the logs are in {self._folder}")
+                raise DemoError(f"not up after {START_TIMEOUT_S:.0f} s")
             time.sleep(0.1)
 
     def _is_up(self) -> bool:
@@ -102,21 +107,23 @@ def _free_port() -> int:
 
 
 def main() -> None:
-    once = sys.argv[1:] == ["true"]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with tempfile.TemporaryDirectory(prefix="molink-demo-") as folder:
-        demo = Demo(Path(folder))
-        try:
-            demo.start()
-            demo.ask(QUESTION)
-            demo.show()
-            if not once:
-                print(f"\nthe API is at {demo.url}/v1 (model «molink-mini»); Ctrl-C ends it")
-                signal.pause()
-        except KeyboardInterrupt:
-            print()
-        finally:
-            demo.stop()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    folder = Path(tempfile.mkdtemp(prefix="molink-demo-"))
+    demo = Demo(folder)
+    try:
+        demo.start()
+        demo.ask(QUESTION)
+        demo.show()
+        if "--once" not in sys.argv:
+            print(f"\nthe API is at {demo.url}/v1 (model «molink-mini»); Ctrl-C ends it")
+            signal.pause()
+    except KeyboardInterrupt:
+        print()
+    except (DemoError, httpx.HTTPError, subprocess.CalledProcessError) as error:
+        sys.exit(f"{error}; the logs are in {folder}")
+    finally:
+        demo.stop()
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,7 @@ class Machine:
     def processes(self, part: str = "") -> list[psutil.Process]:
         """All of its processes that live and whose command line contains `part`.
 
-        Parts of note: "molink-… " is not visible to the kernel, module names are:
-        `molink.entrypoints.engine`, `molink.entrypoints.stage`.
+        Parts of note: `molink.entrypoints.engine`, `molink.entrypoints.stage`.
         """
         return [process for process in _marked(self.folder) if part in _command(process)]
 

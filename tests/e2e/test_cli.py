@@ -83,10 +83,12 @@ def test_two_heads_of_one_cluster(environment: dict[str, str], tmp_path: Path) -
         text=True,
     ) as first:
         assert first.stdout is not None
-        first.stdout.readline()
-        status, said = fails(environment, *serve("--nodes", 2, "--listen", "127.0.0.1:0"))
-        first.terminate()
-        first.stdout.read()
+        try:
+            first.stdout.readline()
+            status, said = fails(environment, *serve("--nodes", 2, "--listen", "127.0.0.1:0"))
+        finally:
+            first.terminate()
+            first.stdout.read()
     assert first.returncode == 0
     assert status == 2
     assert "another head of this cluster runs on this machine" in said

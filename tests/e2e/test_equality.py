@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.e2e.cluster import Answer, Cluster, Request
+from tests.e2e.cluster import Answer, Cluster, Request, eventually
 from tests.e2e.conftest import MAX_NUM_SEQS, TIGHT
 from tests.factories import make_completion, make_prompt, make_prompts
 
@@ -79,8 +79,13 @@ def test_preempted_requests(pipeline: Cluster, reference: Cluster) -> None:
 
 def test_every_machine_has_its_stage(pipeline: Cluster) -> None:
     """The stages cover the model once; the machines that should compute do."""
+    pipeline.ask([make_completion(make_prompt(5, seed=2))])
+    eventually(
+        lambda: all(stage.counters.steps > 0 for stage in pipeline.view().stages),
+        10,
+        "every stage has reported steps",
+    )
     stages = pipeline.view().stages
     ranges = [tuple(map(int, stage.layers.split(":"))) for stage in stages]
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
     assert ranges[-1][1] == 8
-    assert all(stage.counters.steps > 0 for stage in stages)

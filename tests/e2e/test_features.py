@@ -139,7 +139,9 @@ def test_schema_through_the_chat_api(pipeline: Cluster) -> None:
         ({"prompt": [5] * (MAX_MODEL_LEN + 1)}, 400, str(MAX_MODEL_LEN)),
         ({"prompt": [10**9]}, 400, "out of vocabulary"),
         ({"temperature": "warm"}, 400, "temperature"),
-        ({"structured_outputs": {"regex": "(["}}, 400, ""),
+        ({"structured_outputs": {"regex": "(["}}, 400, "regex"),
+        ({"max_tokens": "many"}, 400, "max_tokens"),
+        ({"prompt": None}, 400, "prompt"),
         ({"model": "another"}, 404, "another"),
     ],
 )

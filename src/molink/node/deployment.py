@@ -113,6 +113,8 @@ class Deployment:
             address = self._coordinator.state.node(other).address
             if address is not None and await self._ask_to_dial(dialler, other, address):
                 return
+        names = (self._coordinator.state.node(node).name for node in (first, second))
+        self._voice.say(f"{' and '.join(names)} cannot dial each other; the head relays")
 
     async def _ask_to_dial(self, dialler: NodeId, other: NodeId, address: str) -> bool:
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
