@@ -3,8 +3,10 @@
 All tests share one cluster, and each leaves it serving.
 """
 
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from tests.e2e.cluster import Cluster, Machine, eventually, free_port
@@ -104,10 +106,16 @@ def test_a_node_is_killed_and_joins_again(cluster: Faulty) -> None:
     member.end()
 
 
-def test_a_third_node_is_a_spare_and_takes_over(cluster: Faulty) -> None:
+def test_a_spare_takes_over_and_one_that_cannot_is_sent_away(
+    cluster: Faulty, tmp_path: Path
+) -> None:
+    no_weights = tmp_path / "no-weights"
+    shutil.copytree(BUNDLED, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
+    weak = cluster.add_member(name="weak", arguments=["--model", str(no_weights)])
+    weak.wait_for("all layers are taken; this node is kept as a spare")
     spare = cluster.add_member(name="spare")
     spare.wait_for("all layers are taken; this node is kept as a spare")
-    assert [node.role for node in cluster.view().nodes] == ["stage", "stage", "spare"]
+    assert [node.role for node in cluster.view().nodes] == ["stage", "stage", "spare", "spare"]
     running = requests_in_flight(cluster)
     leaving = cluster.members.pop(0)
     leaving.signal(signal.SIGTERM)
@@ -115,9 +123,14 @@ def test_a_third_node_is_a_spare_and_takes_over(cluster: Faulty) -> None:
     assert leaving.left_over() == []
     for request in running:
         request.wait(END_S)
+    assert weak.wait(REPAIR_S) == 1
+    assert "weak: load failed" in weak.log
+    assert weak.left_over() == []
     cluster.check_mended()
     assert [stage.node for stage in cluster.view().stages] == ["head", "spare"]
-    leaving.end()
+    for gone in (leaving, weak):
+        cluster.members = [member for member in cluster.members if member is not gone]
+        gone.end()
 
 
 def test_the_head_is_killed_and_started_again(cluster: Faulty) -> None:

@@ -1,6 +1,7 @@
 """What commands say, and how they end."""
 
 import asyncio
+import resource
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 import typer
 import uvloop
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from molink import __version__
 from molink.core.cluster import Versions
@@ -27,14 +28,19 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 def say(text: str) -> None:
     """One line for the person in front of the terminal."""
-    console.print(f"[bold]molink[/bold]  {escape(text)}")
+    console.print(Text.assemble(("molink", "bold"), f"  {_printable(text)}"))
     sys.stdout.flush()
 
 
 def fail(error: MolinkError) -> NoReturn:
     """End the command with what went wrong: status 2 if its user can mend it, else 1."""
-    errors.print(f"[bold red]molink[/bold red]  {escape(str(error))}")
+    errors.print(Text.assemble(("molink", "bold red"), f"  {_printable(str(error))}"))
     raise typer.Exit(EXIT_USAGE if isinstance(error, _MENDABLE) else EXIT_FAILED)
+
+
+def _printable(text: str) -> str:
+    """Without control characters: some words come from other machines."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
 def run_until_signal(
@@ -45,6 +51,8 @@ def run_until_signal(
     Args:
         work: gets a function that sets what Ctrl-C and `kill` do.
     """
+
+    _allow_many_files()
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -61,6 +69,12 @@ def run_until_signal(
         fail(error)
     except KeyboardInterrupt:
         raise typer.Exit(EXIT_FAILED) from None
+
+
+def _allow_many_files() -> None:
+    """Every link and every HTTP client is an open file, and 1,024 are allowed by default."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def own_distribution() -> str:

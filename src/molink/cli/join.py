@@ -31,7 +31,10 @@ def join(
     head: Annotated[
         str | None, typer.Argument(metavar="[HEAD:PORT]", help="Instead of the token's address.")
     ] = None,
-    token: Annotated[str | None, typer.Option(help="The token that molink serve printed.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="MOLINK_TOKEN", help="The token that molink serve printed."),
+    ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds the token.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The model's folder, if it lies elsewhere on this machine.")
@@ -130,7 +133,7 @@ async def _identity(
     folder: ClusterFolder, invitation: JoinToken, addresses: tuple[str, ...], name: str
 ) -> tuple[NodeIdentity, str]:
     """This node's identity, old or new, and the head's address that answered."""
-    kept = _kept_identity(folder)
+    kept = _kept_identity(folder, invitation.authority_key)
     if kept is None:
         invitation.check_not_expired()
     troubles = []
@@ -159,13 +162,14 @@ async def _check_reachable(address: str) -> None:
     writer.close()
 
 
-def _kept_identity(folder: ClusterFolder) -> NodeIdentity | None:
+def _kept_identity(folder: ClusterFolder, authority_key: bytes) -> NodeIdentity | None:
     """The identity of an earlier time in the same cluster, unless it is damaged or out of date."""
     if not folder.identity.exists():
         return None
     try:
         identity = NodeIdentity.load(folder.identity)
         identity.verify()
+        identity.check_authority(authority_key)
     except IdentityError:
         return None
     return identity

@@ -142,15 +142,11 @@ async def _serve(
     model = read_model(engine.model, value_of(list(engine.vllm_flags), "--revision"))
     if settings.layers not in (None, "none"):
         LayerRange.parse(settings.layers, model.num_layers)
-    authority = _authority(folder)
     store = Store(folder.state)
-    coordinator = Coordinator(
-        store.load() or ClusterState(authority.cluster_id),
-        store,
-        time.time,
-        settings.versions,
-        nodes,
-    )
+    state = store.load()
+    authority = _authority(folder, is_new=state is None)
+    state = state or ClusterState(authority.cluster_id)
+    coordinator = Coordinator(state, store, time.time, settings.versions, nodes)
     coordinator.start(model, settings.name)
     identity = _identity(authority, settings.name)
     identity.save(folder.identity)
@@ -231,8 +227,9 @@ def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:
     return tuple(f"{address}:{port}" for address in (*found[:3], "127.0.0.1"))
 
 
-def _authority(folder: ClusterFolder) -> ClusterAuthority:
-    if folder.authority.exists():
+def _authority(folder: ClusterFolder, *, is_new: bool) -> ClusterAuthority:
+    """A cluster whose state is lost is a new one: it knows none of the nodes it once let in."""
+    if not is_new:
         return ClusterAuthority.load(folder.authority)
     authority = ClusterAuthority.create(f"{folder.path.name}-{secrets.token_hex(3)}")
     authority.save(folder.authority)

@@ -67,7 +67,9 @@ def mended_stages(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] |
 
 
 def _may_take(node: NodeRecord, stage: Stage) -> bool:
-    return node.computes and node.layers in (None, stage.layers)
+    """Not with other ranks: the other stages know how many there are."""
+    is_same = node.tensor_parallel_size == stage.tensor_parallel_size
+    return node.computes and is_same and node.layers in (None, stage.layers)
 
 
 def _can_take(spare: NodeRecord, stage: Stage, model: ModelFacts) -> bool:
@@ -91,7 +93,10 @@ def _candidate(node: NodeRecord) -> Candidate:
 def _lost_text(owner: NodeRecord, stage: Stage, model: ModelFacts) -> str:
     free = needed_bytes(model, stage.layers) / (1 << 30)
     if owner.status is NodeStatus.READY:
-        lost = f"{owner.name} came back without layers {stage.layers}"
+        lost = (
+            f"{owner.name} came back with other layers than {stage.layers}, or another tensor "
+            f"parallel size than {stage.tensor_parallel_size}"
+        )
     else:
         lost = f"{owner.name} with layers {stage.layers} is {owner.status} ({owner.trouble})"
     return f"the pipeline is down: {lost}; waiting for it, or for a node with {free:.1f} GiB free"

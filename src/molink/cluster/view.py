@@ -79,7 +79,12 @@ def make_view(
             )
             for index, stage in enumerate(stages)
         ],
-        links=[_link_view(state, node, link) for node in reports for link in reports[node].links],
+        links=[
+            _link_view(state, node, link)
+            for node in reports
+            for link in reports[node].links
+            if state.knows(NodeId(link.peer))  # a node may still be linked to one of another time
+        ],
     )
 
 

@@ -45,4 +45,8 @@ class LinkError(MolinkError):
 
 
 class StageError(MolinkError):
-    """A stage failed; the message carries what the stage said."""
+    """A stage failed; the message carries what it said, `node` whose it is, where that is known."""
+
+    def __init__(self, text: str, node: int | None = None) -> None:
+        super().__init__(text)
+        self.node = node

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from molink.core.errors import WireError
 from molink.wire.tensors import TensorMeta, pack_header, unpack_header
 
 Parts = list[bytes | bytearray | memoryview]
@@ -31,6 +32,8 @@ def unpack(payload: bytearray, device: torch.device) -> dict[str, torch.Tensor]:
     metas, offset = unpack_header(payload, max_bytes=len(payload))
     tensors = {}
     for meta in metas:
+        if meta.num_elements == 0:
+            raise WireError(f"tensor {meta.name} of a step is empty")
         tensor = torch.frombuffer(
             payload, dtype=getattr(torch, meta.dtype), count=meta.num_elements, offset=offset
         ).view(meta.shape)
@@ -46,7 +49,7 @@ def pack(tensors: dict[str, torch.Tensor]) -> Parts:
         TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in tensors.items()
     ]
-    views = [memoryview(tensor.view(torch.uint8).numpy()).cast("B") for tensor in tensors.values()]
+    views = [memoryview(tensor.flatten().view(torch.uint8).numpy()) for tensor in tensors.values()]
     return [pack_header(metas), *views]
 
 

@@ -34,6 +34,17 @@ def resolve(config: VllmConfig) -> Resolved:
     )
 
 
+class FlagParser(FlexibleArgumentParser):
+    """vLLM's parser, which also keeps the flags as argparse gets them: in one spelling each, those
+    of `--config` files among them."""
+
+    normalised: list[str]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.normalised = list(args or [])
+        return super().parse_known_args(args, namespace)
+
+
 def engine_parser(prog: str = "molink") -> FlexibleArgumentParser:
     """vLLM's parser for engine flags alone, without those of its HTTP server."""
     parser = FlexibleArgumentParser(prog=prog, allow_abbrev=False)
@@ -41,7 +52,8 @@ def engine_parser(prog: str = "molink") -> FlexibleArgumentParser:
 
 
 def engine_flags_of(flags: list[str]) -> list[str]:
-    """Those of the user's flags that are engine flags: the only ones that leave the head.
+    """Those of the user's flags, as FlagParser has them, that are engine flags: only these leave
+    the head.
 
     An HTTP flag may hold a secret (`--api-key`), and other nodes have no use for it.
     """

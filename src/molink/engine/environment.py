@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 
+PARENT_VARIABLE = "MOLINK_PARENT"  # process id of who starts a process of ours
 SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
 FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
 
@@ -13,7 +14,7 @@ _DEFAULTS = {
     # Runner V2 opens torch groups of its own over the pipeline.
     "VLLM_USE_V2_MODEL_RUNNER": "0",
     # A fork would copy our threads' locks, and begin without `die_with_parent`.
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # vLLM would bind every stage of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     # Processes of ours talk to nobody but their agent.
@@ -45,5 +46,5 @@ def set_partition(partition: list[int]) -> None:
 def die_with_parent() -> None:
     """Ask the kernel to end this process when the thread that started it ends (Linux)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != int(os.environ[PARENT_VARIABLE]):  # it ended before the kernel was asked
         os._exit(1)

@@ -42,6 +42,7 @@ STARTUP_CALLS = frozenset(
     }
 )
 """Calls that a replaced stage gets again, in the order in which they were made."""
+LAST_STARTUP_CALL = "compile_or_warm_up_model"
 
 
 class PipelineExecutor(Executor):
@@ -52,13 +53,12 @@ class PipelineExecutor(Executor):
     def _init_executor(self) -> None:
         die_with_parent()
         self._codec = build_codec()
-        self._down: str | None = None
         self._startup: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-        self._step: tuple[int, Future[Any], bool] | None = None
+        self._is_started = False  # all start-up calls were made and answered
+        self._step: tuple[int, int, Future[Any], bool] | None = None
         self._session = EngineSession(
             Path(os.environ[SOCKET_VARIABLE]),
             self._codec,
-            lost=self._lose,
             repaired=self._repair,
             agent_lost=lambda: os._exit(1),
         )
@@ -74,7 +74,7 @@ class PipelineExecutor(Executor):
     def _report(self) -> None:
         while True:
             time.sleep(REPORT_INTERVAL_S)
-            self._session.report(self._down)
+            self._session.report()
 
     def _load(self, indices: Sequence[int]) -> None:
         """Load the layers of these stages, all at once."""
@@ -99,33 +99,36 @@ class PipelineExecutor(Executor):
     # Steps
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
-        if self._down is not None:
-            return _answer(_done(LostStep.because(self._down)), non_block)
+        epoch, down = self._session.pipeline.epoch, self._session.down
+        if down is not None:
+            return _answer(_done(LostStep.because(down)), non_block)
         compat.strip_for_wire(scheduler_output)
         if scheduler_output.total_num_scheduled_tokens == 0:
             if compat.says_something(scheduler_output):
-                self._start(scheduler_output, False, None)
+                self._start(epoch, scheduler_output, False, None)
             return _answer(_done(EMPTY_MODEL_RUNNER_OUTPUT), non_block)
         future: Future[Any] = Future()
         sample_now = not scheduler_output.has_structured_output_requests
-        sequence = self._start(scheduler_output, sample_now, future)
+        sequence = self._start(epoch, scheduler_output, sample_now, future)
         if compat.is_pooling(self.vllm_config):
             return _answer(future, non_block)
-        self._step = (sequence, future, sample_now)
+        self._step = (epoch, sequence, future, sample_now)
         return _answer(_done(None), non_block)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None, non_block: bool = False) -> Any:
         if self._step is None:
-            return _answer(_done(LostStep.because(self._down or "no step")), non_block)
-        sequence, future, sample_now = self._step
+            return _answer(_done(LostStep.because(self._session.down or "no step")), non_block)
+        epoch, sequence, future, sample_now = self._step
         self._step = None
         if not sample_now:
-            self._session.sample(sequence, pack_grammar(self._codec.encode(grammar_output)))
+            self._session.sample(epoch, sequence, pack_grammar(self._codec.encode(grammar_output)))
         return _answer(future, non_block)
 
-    def _start(self, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None) -> int:
+    def _start(
+        self, epoch: int, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None
+    ) -> int:
         result = None if future is None else _LostOnFailure(future)
-        return self._session.start_step(self._codec.encode((sample_now, output)), result)
+        return self._session.start_step(epoch, self._codec.encode((sample_now, output)), result)
 
     # Calls
 
@@ -147,9 +150,9 @@ class PipelineExecutor(Executor):
         if method in STARTUP_CALLS:
             self._startup.append((method, args, kwargs or {}))
         futures = self._call(method, args, kwargs, range(len(self._session.pipeline.stages)))
-        if non_block:
-            return _done([future.result(timeout) for future in futures])
-        return [future.result(timeout) for future in futures]
+        answers = [future.result(timeout) for future in futures]
+        self._is_started = self._is_started or method == LAST_STARTUP_CALL
+        return _done(answers) if non_block else answers
 
     def _call(
         self, method: str, args: tuple[Any, ...], kwargs: Any, indices: Sequence[int]
@@ -179,13 +182,17 @@ class PipelineExecutor(Executor):
     def shutdown(self) -> None:
         self._session.close()
 
-    # Loss and repair
-
-    def _lose(self, reason: str) -> None:
-        self._down = reason
+    # Repair
 
     def _repair(self, repaired: PipelineRepaired) -> None:
-        """Bring replaced stages to where the others are, clear every stage, take steps again."""
+        """Bring replaced stages to where the others are, clear every stage, take steps again.
+
+        An engine that was still starting cannot tell which calls reached which stage: it ends, and
+        the agent starts another.
+        """
+        if not self._is_started:
+            os._exit(1)
+        epoch, failed = repaired.pipeline.epoch, None
         try:
             self._load(repaired.replaced)
             for method, args, kwargs in self._startup:
@@ -195,10 +202,11 @@ class PipelineExecutor(Executor):
             for future in self._call("reset", (self._nodes(),), None, stages):
                 future.result()
         except StageError as error:
-            self._down = str(error)
+            failed = error.node
+            self._session.mended(epoch, str(error))
         else:
-            self._down = None
-        self._session.report(self._down)
+            self._session.mended(epoch, None)
+        self._session.report(failed)
 
 
 def _done(value: Any) -> Future[Any]:
@@ -219,7 +227,10 @@ class _LostOnFailure(Future[Any]):
         self._target = target
 
     def set_result(self, result: Any) -> None:
-        self._target.set_result(result)
+        if isinstance(result, ModelRunnerOutput):
+            self._target.set_result(result)
+        else:
+            self._target.set_result(LostStep.because(f"a stage answered {type(result).__name__}"))
 
     def set_exception(self, exception: BaseException | None) -> None:
         self._target.set_result(LostStep.because(str(exception)))

@@ -52,6 +52,7 @@ class PipelineScheduler(Scheduler):
         """Hold back the decodes that make this step larger than its share; how many stay."""
         decoding = [r for r in self.running if r.num_tokens - r.num_computed_tokens <= 1]
         ready = [r for r in decoding if r.num_tokens > r.num_computed_tokens]
+        ready.sort(key=lambda r: -r.next_decode_eligible_step)  # first those held back last time
         share = decodes_per_step(len(decoding), self._num_stages)
         for request in ready[share:]:
             # vLLM counts the step before it looks; it takes this request in the one after.
@@ -63,9 +64,9 @@ class PipelineScheduler(Scheduler):
         if not self.scheduler_config.enable_chunked_prefill:
             return self._max_tokens
         pending = 0
-        for request in chain(self.running, self.waiting):
-            num_tokens = request.num_tokens - request.num_computed_tokens
-            pending += num_tokens if num_tokens > 1 else 0
+        begun = (r for r in self.running if r.num_tokens - r.num_computed_tokens > 1)
+        for request in chain(begun, self.waiting):
+            pending += request.num_tokens - request.num_computed_tokens
             if pending > self._enough:
                 break
         budget = num_decodes + prefill_tokens_per_step(pending, self._num_stages)

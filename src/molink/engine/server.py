@@ -15,24 +15,29 @@ from vllm.entrypoints.launchers.api_server.entry import build_async_engine_clien
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
 
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
 
-def parse_flags(model: str, host: str, port: int, flags: list[str]) -> Any:
-    """vLLM's arguments; exits with status 2 and vLLM's message for what it does not take."""
-    parser = make_arg_parser(FlexibleArgumentParser(prog="molink serve", allow_abbrev=False))
-    arguments = parser.parse_args([f"--model={model}", f"--host={host}", f"--port={port}", *flags])
+def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any, list[str]]:
+    """vLLM's arguments, and the user's engine flags, for the stages.
+
+    Exits with status 2 and vLLM's message for what it does not take.
+    """
+    parser = FlagParser(prog="molink serve", allow_abbrev=False)
+    own = [f"--model={model}", f"--host={host}", f"--port={port}"]
+    arguments = make_arg_parser(parser).parse_args([*own, *flags])
     if arguments.served_model_name is None:
         arguments.served_model_name = [model]
     validate_parsed_serve_args(arguments)
     with _saying_what_is_wrong():
         AsyncEngineArgs.from_cli_args(arguments).create_model_config()
-    return arguments
+    of_user = [flag for flag in parser.normalised if flag not in own]
+    return arguments, engine_flags_of(of_user)
 
 
 @contextmanager

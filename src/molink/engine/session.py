@@ -1,10 +1,12 @@
 """The engine's connection to its agent: steps out, results in.
 
-Owns the steps and calls that wait for an answer. A thread receives; it resolves futures and never
-computes, so the engine's own thread only ever waits for what it asked for.
+Owns the steps and calls that wait for an answer, and whether the pipeline takes any. A thread
+receives; it resolves futures and never computes, so the engine's own thread only ever waits for
+what it asked for.
 """
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,6 +22,7 @@ from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
 from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired
 
+logger = logging.getLogger("molink.engine")
 _Key = tuple[Kind, int, int, int]  # kind, sequence, node, rank
 AGENT = Address(HEAD, Port.AGENT)
 
@@ -30,7 +33,6 @@ class EngineSession:
     Args:
         socket_path: of the local agent.
         codec: with the engine's types registered.
-        lost: called when the pipeline went down, before waiting calls fail.
         repaired: called in a thread of its own when every stage has a process again.
         agent_lost: called when the agent is gone; the process should end.
     """
@@ -40,61 +42,73 @@ class EngineSession:
         socket_path: Path,
         codec: Codec,
         *,
-        lost: Callable[[str], None],
         repaired: Callable[[PipelineRepaired], None],
         agent_lost: Callable[[], None],
     ) -> None:
         self._codec = codec
-        self._lost = lost
         self._repaired = repaired
         self._agent_lost = agent_lost
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.ENGINE))
         self._sequence = itertools.count(1)
         self._waiting: dict[_Key, Future[Any]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what follows
+        self._lost: str | None = None  # why calls are not answered either
+        self.down: str | None = None  # why steps are not taken
         self._assigned: Future[PipelineAssigned] = Future()
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
         threading.Thread(target=self._receive, name="engine-session", daemon=True).start()
         self.pipeline = self._assigned.result()
 
-    def start_step(self, payload: bytes, future: Future[Any] | None) -> int:
-        """Send one step to every stage; `future` gets the last stage's output. None: no answer."""
+    def start_step(self, epoch: int, payload: bytes, future: Future[Any] | None) -> int:
+        """Send one step to every stage; `future` gets the last stage's output. None: no answer.
+
+        It fails with StageError if the pipeline of `epoch` is not there any more.
+        """
         sequence = next(self._sequence)
-        if future is not None:
-            self._expect((Kind.RESULT, sequence, self.pipeline.stages[-1].node, 0), future)
-        self._send(Kind.STEP, EVERY_STAGE, payload, sequence)
+        with self._lock:
+            trouble = self.down if epoch == self.pipeline.epoch else "another pipeline serves now"
+            if trouble is None and future is not None:
+                last = self.pipeline.stages[-1].node
+                self._waiting[Kind.RESULT, sequence, last, 0] = future
+        if trouble is None:
+            self._send(Kind.STEP, EVERY_STAGE, payload, sequence, epoch)
+        elif future is not None:
+            future.set_exception(StageError(trouble))
         return sequence
 
-    def sample(self, sequence: int, payload: bytes) -> None:
+    def sample(self, epoch: int, sequence: int, payload: bytes) -> None:
         """Send the grammar of a step that waits for it."""
         last = NodeId(self.pipeline.stages[-1].node)
-        self._send(Kind.SAMPLE, last, payload, sequence)
+        self._send(Kind.SAMPLE, last, payload, sequence, epoch)
 
     def call(
         self, node: NodeId, method: str, args: Sequence[Any], kwargs: Any
     ) -> list[Future[Any]]:
         """Call a method of every rank of a node's stage; futures in order of rank."""
-        sequence = next(self._sequence)
-        stage = next(stage for stage in self.pipeline.stages if stage.node == node)
-        futures: list[Future[Any]] = [Future() for _ in range(stage.tensor_parallel_size)]
-        for rank, future in enumerate(futures):
-            self._expect((Kind.REPLY, sequence, node, rank), future)
         payload = self._codec.encode((method, tuple(args), dict(kwargs or {})))
-        self._send(Kind.CALL, node, payload, sequence)
+        sequence = next(self._sequence)
+        with self._lock:
+            lost, pipeline = self._lost, self.pipeline
+            stage = next(stage for stage in pipeline.stages if stage.node == node)
+            futures: list[Future[Any]] = [Future() for _ in range(stage.tensor_parallel_size)]
+            if lost is None:
+                for rank, future in enumerate(futures):
+                    self._waiting[Kind.REPLY, sequence, node, rank] = future
+        if lost is None:
+            self._send(Kind.CALL, node, payload, sequence, pipeline.epoch)
+        else:
+            for future in futures:
+                future.set_exception(StageError(lost))
         return futures
 
-    def _expect(self, key: _Key, future: Future[Any]) -> None:
-        with self._lock:
-            self._waiting[key] = future
-
-    def _send(self, kind: Kind, node: NodeId, payload: bytes, sequence: int) -> None:
+    def _send(self, kind: Kind, node: NodeId, payload: bytes, sequence: int, epoch: int) -> None:
         """One priority for all: on a busy link, none may overtake another."""
         self._socket.send(
             kind,
             Address(node, Port.STAGE),
             [payload],
             priority=Priority.DECODE,
-            epoch=self.pipeline.epoch,
+            epoch=epoch,
             sequence=sequence,
         )
 
@@ -105,29 +119,31 @@ class EngineSession:
         except MolinkError as error:  # after bytes that make no sense nothing else can either
             self._fail_all(str(error))
             self._agent_lost()
+        except Exception:
+            logger.exception("the agent said what nobody understands")
+            self._agent_lost()
 
     def _handle(self, message: Message) -> None:
-        if message.kind == Kind.CONTROL:
+        if message.kind == Kind.CONTROL and message.source == AGENT:
             self._control(message)
-            return
-        kind = Kind.RESULT if message.kind == Kind.RESULT else Kind.REPLY
-        if message.kind == Kind.FAILURE:
-            self._fail_call(message)
-            return
-        future = self._take((kind, message.sequence, message.source.node, message.rank))
-        if future is not None:
-            try:
-                answer = self._codec.decode(message.payload)
-            except WireError as error:
-                future.set_exception(error)
-            else:
-                future.set_result(answer)
+        elif message.kind in (Kind.RESULT, Kind.REPLY, Kind.FAILURE):
+            self._answered(message)
 
-    def _fail_call(self, message: Message) -> None:
-        text = self._codec.decode(message.payload)
-        future = self._take((Kind.REPLY, message.sequence, message.source.node, message.rank))
-        if future is not None:
-            future.set_exception(StageError(f"{self._name_of(message.source.node)}: {text}"))
+    def _answered(self, message: Message) -> None:
+        kind = Kind.RESULT if message.kind == Kind.RESULT else Kind.REPLY
+        node = message.source.node
+        future = self._take((kind, message.sequence, node, message.rank))
+        if future is None:
+            return
+        try:
+            answer = self._codec.decode(message.payload)
+        except WireError as error:
+            future.set_exception(StageError(f"{self._name_of(node)}: {error}", node))
+            return
+        if message.kind == Kind.FAILURE:
+            future.set_exception(StageError(f"{self._name_of(node)}: {answer}", node))
+        else:
+            future.set_result(answer)
 
     def _name_of(self, node: NodeId) -> str:
         return next(stage.name for stage in self.pipeline.stages if stage.node == node)
@@ -141,27 +157,38 @@ class EngineSession:
             case PipelineAssigned() as pipeline:
                 self._assigned.set_result(pipeline)
             case PipelineDown(reason=reason):
-                self._lost(reason)
                 self._fail_all(reason)
             case PipelineRepaired(pipeline=pipeline) if not self._assigned.done():
                 self._assigned.set_result(pipeline)  # this engine has loaded nothing yet
             case PipelineRepaired() as repaired:
-                self.pipeline = repaired.pipeline
+                with self._lock:
+                    self.pipeline, self._lost = repaired.pipeline, None
                 threading.Thread(target=self._repaired, args=(repaired,), daemon=True).start()
             case _:
                 pass
 
+    def mended(self, epoch: int, trouble: str | None) -> None:
+        """Take steps again, or say why not; nothing if `epoch` has been lost meanwhile."""
+        with self._lock:
+            if self._lost is None and epoch == self.pipeline.epoch:
+                self.down = trouble
+
     def _fail_all(self, reason: str) -> None:
         with self._lock:
+            self._lost = self.down = reason
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(StageError(reason))
 
-    def report(self, error: str | None) -> None:
-        """Tell the agent whether the engine serves, and how many steps are in flight."""
+    def report(self, failed: int | None = None) -> None:
+        """Tell the agent whether the engine serves, and how many steps are in flight.
+
+        Args:
+            failed: the node that could not be brought to where the others are.
+        """
         with self._lock:
             steps = sum(kind == Kind.RESULT for kind, *_ in self._waiting)
-        state = to_agent.EngineState(self.pipeline.epoch, error, steps)
+            state = to_agent.EngineState(self.pipeline.epoch, self.down, steps, failed)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
 
     def report_failure(self, reason: str) -> None:

@@ -27,6 +27,7 @@ from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 logger = logging.getLogger("molink.stage")
 REPORT_INTERVAL_S = 1.0
+MAX_PARTS = 1024  # that wait for their steps; a pipeline has a few steps in flight
 ENGINE = Address(HEAD, Port.ENGINE)
 
 
@@ -35,13 +36,17 @@ class StepAbandonedError(Exception):
 
 
 class Inbox:
-    """Sorts what the agent delivers: steps and calls in order, activations and grammars by step."""
+    """Sorts what the agent delivers: steps and calls in order, activations and grammars by step.
+
+    Only the engine orders steps and begins epochs; activations come from `previous` alone.
+    """
 
     def __init__(self, socket: LocalSocket) -> None:
         self._socket = socket
         self._ordered: deque[Message] = deque()
         self._parts: dict[tuple[Kind, int], Message] = {}
         self.epoch = 0
+        self.previous: Address | None = None  # the stage before this one
 
     def next(self) -> Message:
         """The next step or call."""
@@ -64,16 +69,19 @@ class Inbox:
 
     def _receive(self) -> None:
         message = self._socket.receive()
-        if message.epoch > self.epoch:
+        if message.source == ENGINE and message.epoch > self.epoch:
             self.epoch = message.epoch
             self._parts.clear()
             self._ordered.clear()
-        if message.epoch < self.epoch:
+        if message.epoch != self.epoch:
             return
-        if message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE):
-            self._parts[message.kind, message.sequence] = message
-        elif message.source == ENGINE:
+        expected = self.previous if message.kind == Kind.ACTIVATIONS else ENGINE
+        if message.source != expected:
+            return
+        if message.kind in (Kind.STEP, Kind.CALL):
             self._ordered.append(message)
+        elif message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE) and len(self._parts) < MAX_PARTS:
+            self._parts[message.kind, message.sequence] = message
 
 
 class StageLoop:
@@ -169,10 +177,12 @@ class StageLoop:
     def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method == "load":
             self._worker = self._load(*args)
+            self._inbox.previous = _stage_of(self._worker.previous_node)
             return None
         worker = self._loaded()
         if method == "reset":
             worker.nodes = args[0]
+            self._inbox.previous = _stage_of(worker.previous_node)
             return worker.forget_requests()
         if method not in WORKER_CALLS:
             raise StageError(f"«{method}» is not a method of a stage")
@@ -197,3 +207,7 @@ class StageLoop:
             epoch=message.epoch,
             sequence=message.sequence,
         )
+
+
+def _stage_of(node: int | None) -> Address | None:
+    return None if node is None else Address(NodeId(node), Port.STAGE)

@@ -74,6 +74,11 @@ class StageWorker:
         return device
 
     @property
+    def previous_node(self) -> int | None:
+        """Whose output is this stage's input; None for the first stage."""
+        return self.nodes[self.index - 1] if self.index else None
+
+    @property
     def next_node(self) -> int:
         return self.nodes[self.index + 1]
 

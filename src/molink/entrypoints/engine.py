@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from molink.engine.environment import (
     FLAGS_VARIABLE,
+    PARENT_VARIABLE,
     SOCKET_VARIABLE,
     die_with_parent,
     export,
@@ -15,21 +17,21 @@ from molink.engine.environment import (
 
 def main() -> None:
     die_with_parent()
+    export(PARENT_VARIABLE, str(os.getpid()))  # of vLLM's engine core
     options = _parser().parse_args()
     prepare_environment()
     export("VLLM_RPC_BASE_PATH", str(options.run_folder))
     # vLLM reads the environment while it is imported.
     import uvloop
 
-    from molink.engine.config import engine_flags_of
     from molink.engine.server import parse_flags, serve
     from molink.gateway.agent_client import AgentClient
     from molink.gateway.app import customise
 
     flags = json.loads(options.flags)
-    arguments = parse_flags(options.model, options.host, options.port, flags)
+    arguments, engine_flags = parse_flags(options.model, options.host, options.port, flags)
     export(SOCKET_VARIABLE, str(options.socket))
-    export(FLAGS_VARIABLE, json.dumps(engine_flags_of(flags)))
+    export(FLAGS_VARIABLE, json.dumps(engine_flags))
     client = AgentClient(options.socket)
     pipeline = client.wait_for_pipeline()
     partition = [stage.end - stage.start for stage in pipeline.stages]

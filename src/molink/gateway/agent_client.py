@@ -1,5 +1,6 @@
 """The HTTP server's connection to the head's agent: the pipeline, and a view of the cluster."""
 
+import logging
 import os
 import threading
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from molink.wire import to_agent, to_engine
 from molink.wire.frames import Kind
 from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired
 
+logger = logging.getLogger("molink.gateway")
 AGENT = Address(HEAD, Port.AGENT)
 
 
@@ -43,9 +45,12 @@ class AgentClient:
         try:
             while True:
                 message = self._socket.receive()
-                if message.kind == Kind.CONTROL:
+                if message.kind == Kind.CONTROL and message.source == AGENT:
                     self._handle(to_engine.decode(message.payload))
         except MolinkError:
+            os._exit(1)
+        except Exception:
+            logger.exception("the agent said what nobody understands")
             os._exit(1)
 
     def _handle(self, message: to_engine.ToEngine) -> None:

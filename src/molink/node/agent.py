@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Coroutine
 from typing import Any
 
-from molink.core.errors import LinkError, MolinkError, WireError
+from molink.core.errors import LinkError, MolinkError, UsageError, WireError
 from molink.core.ids import Address, NodeId, Port
 from molink.node.home import RunFolder
 from molink.node.switch import Switch
@@ -22,6 +22,7 @@ from molink.wire.to_head import LinkCounters
 logger = logging.getLogger("molink.agent")
 PEER_DIAL_TIMEOUT_S = 3.0
 PROBE_INTERVAL_S = 1.0
+STAGE_RESTARTS = 3  # in a row without a step
 
 
 class Agent:
@@ -35,6 +36,7 @@ class Agent:
         self.run_folder = run_folder
         self.switch = Switch(node, self._control)
         self.stage_counters: dict[int, StageCounters] = {}
+        self._failed_stages = 0
         self._local_server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -163,6 +165,19 @@ class Agent:
         """Handle a message of one of the node's own processes."""
         if isinstance(message, StageCounters):
             self.stage_counters[header.rank] = message
+            if message.steps:
+                self._failed_stages = 0
+
+    def may_restart_stage(self, reason: MolinkError) -> bool:
+        """Whether another process for a stage that ended might do better; if not, `run` raises."""
+        self._failed_stages += 1
+        if isinstance(reason, UsageError):
+            self.fail(reason)
+        elif self._failed_stages > STAGE_RESTARTS:
+            self.fail(UsageError(f"the stage's process does not come up: {reason}"))
+        else:
+            return True
+        return False
 
     def has_all_ranks(self, tensor_parallel_size: int) -> bool:
         """Whether every process of the node's stage is there."""
@@ -173,9 +188,12 @@ class Agent:
         raise NotImplementedError
 
     def on_ping(self, node: NodeId, message: to_agent.Ping | to_agent.Pong) -> None:
-        """Answer a probe, or take its measurement."""
-        if isinstance(message, to_agent.Ping):
+        """Answer a probe, unless the peer does not read; or take its measurement."""
+        link = self.switch.links.get(node)
+        if link is None:
+            return
+        if isinstance(message, to_agent.Pong):
+            link.rtt_s = time.monotonic() - message.sent_at
+        elif not link.queue.is_full:
             answer = to_agent.encode(to_agent.Pong(message.sent_at))
             self.send_control(node, Port.AGENT, answer)
-        elif (link := self.switch.links.get(node)) is not None:
-            link.rtt_s = time.monotonic() - message.sent_at

@@ -133,14 +133,17 @@ class Deployment:
 
     # The engine
 
-    def engine_state(self, port: Port, state: EngineState) -> None:
-        """The gateway says once that it answers; the engine says every second how it is."""
+    def engine_state(self, port: Port, state: EngineState) -> NodeId | None:
+        """The gateway says once that it answers; the engine says every second how it is.
+
+        Returns the node whose stage could not be loaded into the present pipeline.
+        """
         if port == Port.GATEWAY:
             self.http_up = True
-            return
+            return None
         self.steps_in_flight = state.steps_in_flight
         if self.pipeline is None or state.epoch != self.pipeline.epoch or self.is_down:
-            return
+            return None
         if state.error is not None and state.error != self._trouble:
             self._voice.say(f"the engine cannot use its pipeline: {state.error}")
         self._trouble = state.error or ""
@@ -150,3 +153,5 @@ class Deployment:
         if serves and not self.serving:
             self._voice.say(f"serving at {self._http}")
         self.serving = serves
+        failed = NodeId(state.failed) if state.failed is not None else None
+        return failed if failed in self.nodes else None

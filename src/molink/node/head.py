@@ -16,7 +16,7 @@ from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import NodeStatus, Role
 from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
-from molink.core.errors import MolinkError, UsageError, WireError
+from molink.core.errors import MolinkError, StageError, UsageError, WireError
 from molink.core.ids import HEAD, NodeId, Port
 from molink.core.plan import Pipeline
 from molink.node.agent import Agent
@@ -118,7 +118,7 @@ class HeadAgent(Agent):
         else:
             await self._stage.restart(self._settings.stage)
         self.spawn(self._settle_forever(), is_vital=True)
-        self.spawn(self._publish_views())
+        self.spawn(self._publish_views(), is_vital=True)
         try:
             return await self._ending
         finally:
@@ -149,6 +149,7 @@ class HeadAgent(Agent):
     async def _accept(self, accepted: Accepted) -> None:
         node = accepted.identity.node
         self._remote_hosts[node] = accepted.remote_host
+        reason = "its message could not be handled"
         try:
             await self.run_link(accepted.link)
             reason = "it closed its link"
@@ -156,6 +157,10 @@ class HeadAgent(Agent):
             reason = str(error)
             if isinstance(error, WireError):
                 self.say(f"cannot read {accepted.identity.name}'s messages: {reason}")
+        finally:
+            self._link_ended(node, reason)
+
+    def _link_ended(self, node: NodeId, reason: str) -> None:
         is_back = node in self.switch.links  # over another link
         is_known = self._coordinator.state.knows(node)
         if is_known and not is_back and not self._ending.done():
@@ -176,9 +181,19 @@ class HeadAgent(Agent):
         self._changed.set()
 
     def _own_stage_gone(self, reason: MolinkError) -> None:
+        if not self.may_restart_stage(reason):
+            return
         self.say(f"the stage's process on this machine is gone ({reason}); starting another")
         self._stage_lost(HEAD, str(reason))
         self.spawn(self._stage.restart(self._settings.stage))
+
+    def _stage_failed(self, node: NodeId, reason: str) -> None:
+        """A stage could not be brought to where the others are: its node must not take it again."""
+        if node == HEAD:
+            self.fail(UsageError(reason))
+        elif self._coordinator.state.node(node).is_connected:
+            self._refuse(node, self._coordinator.state.node(node).name, StageError(reason))
+            self._node_lost(node, reason)
 
     def _hello(self, node: NodeId, hello: to_head.Hello) -> None:
         versions = Versions(hello.protocol, hello.molink, hello.vllm)
@@ -233,7 +248,9 @@ class HeadAgent(Agent):
             case EngineFailed(reason=reason):
                 self._engine_failure = reason
             case EngineState():
-                self._deployment.engine_state(header.source.port, message)
+                failed = self._deployment.engine_state(header.source.port, message)
+                if failed is not None:
+                    self._stage_failed(failed, message.error or "")
             case _:
                 pass
 

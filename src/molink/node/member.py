@@ -33,7 +33,6 @@ from molink.wire.to_agent import (
 HEAD_DIAL_TIMEOUT_S = 10.0
 RETRY_S = 2.0
 REPORT_INTERVAL_S = 1.0
-STAGE_RESTARTS = 3  # in a row without ever coming up
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +65,6 @@ class MemberAgent(Agent):
         self._settings = settings
         self._say = say
         self._stage = stage_host(self._stage_gone)
-        self._failed_starts = 0
         self._model: ModelFacts | None = None
         self._server = LinkServer(lambda: identity.authority_pem, self._accept)
         self._listen_port = 0
@@ -163,7 +161,6 @@ class MemberAgent(Agent):
         super().on_local(header, message)
         size = self._settings.stage.tensor_parallel_size
         if isinstance(message, StageUp) and self.has_all_ranks(size):
-            self._failed_starts = 0
             self.tell_head(message)
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
@@ -211,16 +208,11 @@ class MemberAgent(Agent):
         await self._stage.restart(replace(self._settings.stage, model=model))
 
     def _stage_gone(self, reason: MolinkError) -> None:
-        if isinstance(reason, UsageError):
-            self.fail(reason)
+        if not self.may_restart_stage(reason):
             return
         self._say(f"the stage's process is gone ({reason}); starting another")
         self.tell_head(to_head.StageGone(str(reason)))
-        self._failed_starts += 1
-        if self._failed_starts > STAGE_RESTARTS:
-            self.fail(UsageError(f"the stage's process does not come up: {reason}"))
-        else:
-            self.spawn(self._restart_stage())
+        self.spawn(self._restart_stage())
 
     async def _dial(self, order: Dial) -> None:
         node = NodeId(order.node)

@@ -9,6 +9,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from molink.engine.environment import PARENT_VARIABLE
+
 STOP_TIMEOUT_S = 5.0
 TAIL_LINES = 15
 EXIT_USAGE = 2  # a parser of flags ends a process with it, after one line that says why
@@ -54,6 +56,7 @@ class Child:
         with open(self.log, "wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
+                env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -27,8 +27,9 @@ class StageHost:
     """Owns the stage's processes. A stage is loaded once; to load again means new processes.
 
     Args:
-        gone: called with the reason when a process ended by itself; all are stopped before. It is
-            a UsageError if another one would end in the same way.
+        gone: called with the reason when processes ended by themselves; all are stopped before. It
+            is a UsageError if another one would end in the same way. Not called if `restart` or
+            `stop` came first.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StageHost:
         self._logs = logs
         self._gone = gone
         self._children: list[Child] = []
+        self._lost: MolinkError | None = None  # why, until all processes are stopped
         self._starts = 0
         self._ended: asyncio.Task[None] | None = None
         self._changing = asyncio.Lock()
@@ -78,22 +80,27 @@ class StageHost:
             await self._stop()
 
     async def _stop(self) -> None:
+        self._lost = None
         children, self._children = self._children, []
         await asyncio.gather(*(child.stop() for child in children))
 
     def _exited(self, child: Child, status: int) -> None:
-        if child not in self._children:
+        if child not in self._children or self._lost is not None:
             return
         if status == EXIT_USAGE:
-            reason: MolinkError = UsageError(child.tail(1))
+            self._lost = UsageError(child.tail(1))
         else:
-            reason = StageError(_how(status))
+            self._lost = StageError(_how(status))
             if status > 0:
                 logger.warning("the last lines of %s:\n%s", child.log, child.tail())
-        self._ended = asyncio.create_task(self._give_up(reason))
+        self._ended = asyncio.create_task(self._give_up())
 
-    async def _give_up(self, reason: MolinkError) -> None:
-        await self.stop()
+    async def _give_up(self) -> None:
+        async with self._changing:
+            reason = self._lost
+            if reason is None:
+                return
+            await self._stop()
         self._gone(reason)
 
 

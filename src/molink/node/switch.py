@@ -45,12 +45,23 @@ class Switch:
         source, destination = header.source.node, header.destination.node
         if source != link.peer and link.peer != HEAD:
             raise WireError(f"node {link.peer} sent a frame in the name of {source}")
+        if (reason := self._unwanted(header)) is not None:
+            self.dropped[reason] += 1
+            return None
         if destination == EVERY_STAGE and link.peer == HEAD:  # it has already made the copies
             self._deliver(header, frame)
             return None
         if destination == EVERY_STAGE or (destination != self.node and self.node != HEAD):
             raise WireError(f"node {link.peer} sent a frame for {header.destination}")
         return self._to_node(destination, header, frame)
+
+    def _unwanted(self, header: FrameHeader) -> str | None:
+        """Why a frame of another node that is true to its name goes no further."""
+        if header.kind == Kind.CONTROL:
+            return None if header.destination.port == Port.AGENT else "control for a process"
+        if self.node == HEAD and header.source.node not in self.stage_nodes:
+            return "not of a stage"  # its pipeline is gone, or it was never in one
+        return None
 
     def forward(self, header: FrameHeader, frame: bytes) -> asyncio.Future[Any] | None:
         """Send a frame on; an awaitable asks the source to wait for room."""

@@ -87,6 +87,12 @@ class NodeIdentity:
             raise IdentityError("the node's certificate is for another private key")
         return peer
 
+    def check_authority(self, authority_key: bytes) -> None:
+        """Raises IdentityError if the authority is not the one that a token pins."""
+        pinned = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), authority_key)
+        if read_certificate(self.authority_pem).public_key() != pinned:
+            raise IdentityError("the head's authority is not the one that the token names")
+
     def save(self, path: Path) -> None:
         """Write one PEM file that only the user can read, whole or not at all."""
         _write_private(path, self.key_pem + self.certificate_pem + self.authority_pem)
@@ -121,10 +127,8 @@ class NodeKey:
         Raises:
             IdentityError: another authority signed, or it signed another key.
         """
-        pinned = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), authority_key)
-        if read_certificate(authority_pem).public_key() != pinned:
-            raise IdentityError("the head's authority is not the one that the token names")
         identity = NodeIdentity(key_to_pem(self._key), certificate_pem, authority_pem)
+        identity.check_authority(authority_key)
         identity.verify()
         return identity
 

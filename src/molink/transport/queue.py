@@ -22,6 +22,10 @@ class FrameQueue:
     def __len__(self) -> int:
         return sum(map(len, self._classes))
 
+    @property
+    def is_full(self) -> bool:
+        return self.waiting_bytes > self._high_water
+
     def put(self, frame: bytes, priority: Priority) -> asyncio.Future[None] | None:
         """Add a frame. A returned future is done when there is room again; wait for it.
 
@@ -32,7 +36,7 @@ class FrameQueue:
         self._classes[priority].append(frame)
         self.waiting_bytes += len(frame)
         self._filled.set()
-        if self.waiting_bytes <= self._high_water:
+        if not self.is_full:
             return None
         room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._room.append(room)

@@ -22,7 +22,7 @@ from molink.transport.token import JoinToken
 
 SERVICE = "molink.Agent"
 MAX_ENROLL_REQUEST = 16 * 1024  # bytes
-STARTUP_OPTIONS = [*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)]
+HANDSHAKE_TIMEOUT_S = 5.0  # a connection that says nothing holds a file descriptor until then
 
 
 class Accepted(NamedTuple):
@@ -68,7 +68,13 @@ class LinkServer:
         Raises:
             UsageError: the address is taken or not this machine's.
         """
-        self._server = grpc.aio.server(options=STARTUP_OPTIONS)
+        self._server = grpc.aio.server(
+            options=[
+                *CHANNEL_OPTIONS,
+                ("grpc.so_reuseport", 0),
+                ("grpc.server_handshake_timeout_ms", int(HANDSHAKE_TIMEOUT_S * 1000)),
+            ]
+        )
         handlers: dict[str, Any] = {"Link": grpc.stream_stream_rpc_method_handler(self._link)}
         if self._enroll is not None:
             handlers["Enroll"] = grpc.unary_unary_rpc_method_handler(self._enroll_call)

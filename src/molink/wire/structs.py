@@ -1,12 +1,14 @@
 """Control messages: msgspec structs, tagged by their names, in MessagePack."""
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from molink.core.errors import WireError
 
 T = TypeVar("T")
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"""Refuses NaN and infinity too, which JSON cannot say."""
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray | memoryview) -> T:

@@ -1,8 +1,11 @@
 """What an agent reads: from processes on its own node, and from the head."""
 
+from typing import Annotated
+
 import msgspec
 
 from molink.wire import structs
+from molink.wire.structs import Seconds
 
 # From the node's own processes
 
@@ -14,7 +17,7 @@ class Attach(msgspec.Struct, frozen=True, tag=True):
 class StageUp(msgspec.Struct, frozen=True, tag=True):
     """A stage process is ready to load layers, and has measured its device."""
 
-    device: str
+    device: Annotated[str, msgspec.Meta(max_length=200)]
     num_devices: int
     free_bytes: int
     bytes_per_s: float
@@ -25,8 +28,8 @@ class StageCounters(msgspec.Struct, tag=True):
     """What a stage has done since it started. Owned by the stage; sent as a snapshot."""
 
     steps: int = 0
-    compute_s: float = 0.0
-    waiting_s: float = 0.0  # for input or for work
+    compute_s: Seconds = 0.0
+    waiting_s: Seconds = 0.0  # for input or for work
 
 
 class EngineState(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +38,7 @@ class EngineState(msgspec.Struct, frozen=True, tag=True):
     epoch: int
     error: str | None
     steps_in_flight: int = 0
+    failed: int | None = None  # the node that could not load its layers
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):

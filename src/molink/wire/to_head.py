@@ -1,9 +1,14 @@
 """What the head reads from the other nodes' agents."""
 
+from typing import Annotated
+
 import msgspec
 
 from molink.wire import structs
+from molink.wire.structs import Seconds
 from molink.wire.to_agent import Ping, Pong, StageCounters, StageUp
+
+MAX_RANKS = 256  # of a stage: a frame's header has one byte for it
 
 
 class EnrollRequest(msgspec.Struct, frozen=True):
@@ -26,9 +31,10 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     vllm: str
     name: str
     layers: str | None  # pinned range, as typed
-    tensor_parallel_size: int
+    tensor_parallel_size: Annotated[int, msgspec.Meta(ge=1, le=MAX_RANKS)]
     listen_port: int
-    advertise: str | None  # HOST:PORT under which others may dial this node
+    # HOST:PORT under which others may dial this node
+    advertise: Annotated[str, msgspec.Meta(max_length=300)] | None
 
 
 class ModelChecked(msgspec.Struct, frozen=True, tag=True):
@@ -69,7 +75,7 @@ class LinkCounters(msgspec.Struct, frozen=True):
     bytes_sent: int
     bytes_received: int
     frames_queued: int
-    rtt_s: float | None
+    rtt_s: Seconds | None
 
 
 class NodeReport(msgspec.Struct, frozen=True, tag=True):

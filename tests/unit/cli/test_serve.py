@@ -108,12 +108,26 @@ def test_the_models_configuration_is_broken(run: Run, model: Path, port: int, te
 def test_the_clusters_files_are_damaged(
     run: Run, home: Path, model: Path, port: int, place: str
 ) -> None:
-    folder = home / "model"
-    folder.mkdir(parents=True)
-    (folder / place).write_text("damaged " * 100)
-    outcome = run("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    arguments = ("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    run(*arguments)
+    file = home / "model" / place
+    file.write_text("damaged " * 100)
+    outcome = run(*arguments)
     assert outcome.status in (1, 2)
-    assert str(folder / place) in outcome.error
+    assert str(file) in outcome.error
+
+
+def test_a_cluster_whose_state_is_lost_is_a_new_one(
+    run: Run, home: Path, model: Path, port: int
+) -> None:
+    arguments = ("serve", model, "--port", port, "--nodes", 2, *LOCAL)
+    run(*arguments)
+    authority = (home / "model" / "authority.pem").read_bytes()
+    run(*arguments)
+    assert (home / "model" / "authority.pem").read_bytes() == authority
+    (home / "model" / "state.sqlite").unlink()
+    run(*arguments)
+    assert (home / "model" / "authority.pem").read_bytes() != authority
 
 
 def test_home_cannot_be_made(

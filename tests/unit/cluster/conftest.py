@@ -75,8 +75,13 @@ class Cluster:
         self.rejoin(node, name, layers)
         return node
 
-    def rejoin(self, node: NodeId, name: str, layers: str | None = None) -> None:
-        self.coordinator.admit(node, Hello(name, self._versions, layers=layers))
+    def rejoin(
+        self, node: NodeId, name: str, layers: str | None = None, tensor_parallel_size: int = 1
+    ) -> None:
+        hello = Hello(
+            name, self._versions, layers=layers, tensor_parallel_size=tensor_parallel_size
+        )
+        self.coordinator.admit(node, hello)
 
     def measure(self, node: NodeId) -> None:
         assert self.state.model is not None

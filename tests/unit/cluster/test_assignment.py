@@ -93,10 +93,20 @@ def test_a_spare_without_the_memory_is_not_taken(
     assert "a node with 0.0 GiB free" in waiting(cluster.coordinator.plan())
 
 
+def test_a_spare_of_another_tensor_parallel_size_is_not_taken(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    beta, gamma = cluster.ready("beta"), cluster.join("gamma")
+    cluster.coordinator.plan()
+    cluster.rejoin(gamma, "gamma", tensor_parallel_size=2)
+    cluster.measure(gamma)
+    cluster.coordinator.node_lost(beta, "test")
+    assert "the pipeline is down: beta" in waiting(cluster.coordinator.plan())
+
+
 def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(head_layers="0:4")
     beta = cluster.ready("beta", "4:8")
     cluster.coordinator.plan()
     cluster.rejoin(beta, "beta", "5:8")
     cluster.measure(beta)
-    assert "beta came back without layers 4:8" in waiting(cluster.coordinator.plan())
+    assert "beta came back with other layers than 4:8" in waiting(cluster.coordinator.plan())

@@ -15,6 +15,8 @@ from molink.node.processes import TAIL_LINES, Child
 PROGRAM = """
 import os, signal, sys, time
 
+from molink.engine.environment import die_with_parent
+
 def say(text):
     os.write(1, f"{text}\\n".encode())
 
@@ -31,6 +33,9 @@ match sys.argv[1]:
         for line in range(100):
             say(f"line {line}")
     case "wait":
+        wait()
+    case "mortal":
+        die_with_parent()
         wait()
     case "polite":
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(say("bye")))
@@ -136,6 +141,12 @@ async def test_a_killed_child_is_reported_with_its_signal(nursery: Nursery) -> N
     (process,) = await nursery.pids(child, 1)
     process.kill()
     assert await nursery.exits.get() == (child, -signal.SIGKILL)
+
+
+async def test_a_child_knows_who_started_it(nursery: Nursery) -> None:
+    child = nursery.child("mortal")
+    await child.start()
+    await nursery.pids(child, 1)
 
 
 async def test_a_child_that_was_stopped_is_not_reported(

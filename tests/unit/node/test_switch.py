@@ -158,6 +158,9 @@ async def test_every_frame_arrives_once_at_every_receiver_or_is_counted_as_dropp
         nodes = [node] if node != EVERY_STAGE else sorted(stages) if at_head else []
         drops += node == EVERY_STAGE and not nodes
         for target in nodes:
+            if not may_pass(here, target, port, kind, direct, stages):
+                drops += 1
+                continue
             receivers = [p for p in processes if (p.switch.node, p.port) == (target, port)]
             expected.update((target, port, p.rank, frame) for p in receivers)
             is_control = target != NOBODY and port == Port.AGENT and kind == Kind.CONTROL
@@ -169,6 +172,23 @@ async def test_every_frame_arrives_once_at_every_receiver_or_is_counted_as_dropp
     )
     assert len(network.control) == controls
     assert network.dropped().total() == drops
+
+
+def may_pass(
+    source: NodeId,
+    target: NodeId,
+    port: Port,
+    kind: Kind,
+    direct: tuple[tuple[NodeId, NodeId], ...],
+    stages: set[NodeId],
+) -> bool:
+    """Agents alone hear other nodes' control; only what stages say passes the head."""
+    if source == target:
+        return True
+    if kind == Kind.CONTROL:
+        return port == Port.AGENT
+    is_direct = (source, target) in direct or (target, source) in direct
+    return source == HEAD or is_direct or source in stages
 
 
 # --- one at a time
@@ -184,6 +204,7 @@ async def test_a_stage_sends_straight_to_the_next_where_there_is_a_link(network:
 
 
 async def test_the_head_relays_where_there_is_none(network: Network) -> None:
+    network.switches[HEAD].stage_nodes = (ONE, TWO)
     stage, following = process(network, ONE, Port.STAGE), process(network, TWO, Port.STAGE)
     del network.switches[ONE].links[TWO]
     frame = make(Address(ONE, Port.STAGE), Address(TWO, Port.STAGE), kind=Kind.ACTIVATIONS)
@@ -235,10 +256,31 @@ async def test_a_member_speaks_for_itself_alone(
     stage = process(network, receiver, Port.STAGE)
     sender, frame = FORGED[forged]
     switch = network.switches[receiver]
+    switch.stage_nodes = (ONE, TWO)
     with pytest.raises(WireError, match=f"node {sender} sent a frame"):
         switch.from_link(switch.links[sender], FrameHeader.unpack(frame), frame)
     await network.settle()
     assert stage.received == []
+
+
+async def test_processes_hear_control_of_their_own_agent_alone(network: Network) -> None:
+    engine = process(network, HEAD, Port.ENGINE)
+    switch = network.switches[HEAD]
+    frame = make(Address(ONE, Port.AGENT), ENGINE, kind=Kind.CONTROL)
+    switch.from_link(switch.links[ONE], FrameHeader.unpack(frame), frame)
+    assert engine.received == []
+    assert switch.dropped == {"control for a process": 1}
+
+
+async def test_a_node_without_a_stage_cannot_speak_to_the_engine(network: Network) -> None:
+    network.switches[HEAD].stage_nodes = (HEAD, TWO)
+    engine = process(network, HEAD, Port.ENGINE)
+    switch = network.switches[HEAD]
+    for node in (ONE, TWO):
+        frame = make(Address(node, Port.STAGE), ENGINE, kind=Kind.RESULT)
+        switch.from_link(switch.links[node], FrameHeader.unpack(frame), frame)
+    assert [FrameHeader.unpack(frame).source.node for frame in engine.received] == [TWO]
+    assert switch.dropped == {"not of a stage": 1}
 
 
 async def test_a_member_relays_for_nobody(network: Network) -> None:

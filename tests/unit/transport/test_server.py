@@ -11,6 +11,7 @@ import pytest
 
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
+from molink.transport import server
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
 from molink.transport.link import Link
@@ -271,6 +272,20 @@ async def test_a_taken_port_is_a_usage_error_and_leaves_nothing(head: Head) -> N
         await second.server.stop()
     del second
     gc.collect()
+
+
+async def test_a_connection_that_says_nothing_is_closed(
+    authority: ClusterAuthority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT_S", 0.2)
+    head = Head(authority)
+    await head.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", head.port)
+    try:
+        assert await asyncio.wait_for(reader.read(), 5) == b""
+    finally:
+        writer.close()
+        await head.server.stop()
 
 
 async def test_a_token_allows_to_enrol_and_nothing_else(head: Head) -> None:

@@ -3,13 +3,11 @@
 import random
 import tracemalloc
 from collections.abc import Iterable
-from contextlib import suppress
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molink.core.errors import WireError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.wire.assembly import TRUST, Assembler, Message
 from molink.wire.frames import MAX_MESSAGE, MAX_PAYLOAD, FrameHeader, Kind, Priority, cut
@@ -17,6 +15,7 @@ from molink.wire.frames import MAX_MESSAGE, MAX_PAYLOAD, FrameHeader, Kind, Prio
 quick = settings(deadline=None, max_examples=50)
 
 STAGE = Address(NodeId(1), Port.STAGE)
+OTHER = Address(NodeId(2), Port.STAGE)
 Frame = tuple[FrameHeader, bytes]
 NOISE = random.Random(0).randbytes(4 * MAX_PAYLOAD)
 
@@ -31,12 +30,26 @@ def payload(sequence: int, length: int) -> bytes:
 
 
 def frames(
-    sequence: int, data: bytes, *, kind: Kind = Kind.ACTIVATIONS, epoch: int = 1, parts: int = 1
+    sequence: int,
+    data: bytes,
+    *,
+    kind: Kind = Kind.ACTIVATIONS,
+    epoch: int = 1,
+    parts: int = 1,
+    source: Address = STAGE,
 ) -> list[Frame]:
     step = len(data) // parts + 1
     views = [memoryview(data)[at : at + step] for at in range(0, len(data), step)]
-    pieces = cut(kind, Priority.DECODE, STAGE, STAGE, views, epoch=epoch, sequence=sequence)
+    pieces = cut(kind, Priority.DECODE, source, STAGE, views, epoch=epoch, sequence=sequence)
     return [(FrameHeader.unpack(header), b"".join(piece)) for header, piece in pieces]
+
+
+def announcement(number: int, source: Address, rank: int = 0) -> Frame:
+    """The first piece of the longest message there is."""
+    header = FrameHeader(
+        *(Kind.STEP, Priority.DECODE, source, STAGE, rank, 1, number, 0, MAX_MESSAGE, MAX_PAYLOAD)
+    )
+    return header, payload(number, MAX_PAYLOAD)
 
 
 def feed(assembler: Assembler, stream: Iterable[Frame]) -> list[Message]:
@@ -114,9 +127,7 @@ def test_a_hostile_sender_gets_no_more_memory_than_the_bound(
         header = FrameHeader(
             *(Kind.STEP, Priority.DECODE, STAGE, STAGE, 0, epoch, sequence, offset, total, length)
         )
-        with suppress(WireError):
-            feed(assembler, [(header, payload(0, length))])
-        assembler.check_conservation()
+        feed(assembler, [(header, payload(0, length))])
         assert assembler._open_bytes <= bound
 
 
@@ -132,26 +143,61 @@ def test_a_message_carries_what_its_header_said_and_is_writable() -> None:
 
 
 def test_a_huge_announcement_costs_in_proportion_to_what_has_arrived() -> None:
-    data = bytes(MAX_PAYLOAD)
-    header = FrameHeader(
-        *(Kind.STEP, Priority.DECODE, STAGE, STAGE, 0, 1, 1, 0, MAX_MESSAGE, MAX_PAYLOAD)
-    )
+    first = announcement(1, STAGE)
     assembler = Assembler(2 * MAX_MESSAGE)
     tracemalloc.start()
-    assert feed(assembler, [(header, data)]) == []
+    assert feed(assembler, [first]) == []
     assert tracemalloc.get_traced_memory()[1] < (TRUST + 1) * MAX_PAYLOAD
     tracemalloc.stop()
 
 
-def test_many_open_messages_meet_the_bound() -> None:
+def test_a_node_that_passes_the_bound_loses_what_it_has_begun() -> None:
     assembler = Assembler(8 * len(NOISE))
-    firsts = [frames(number, NOISE)[0] for number in range(9)]
-    assert feed(assembler, firsts[:8]) == []
-    with pytest.raises(WireError, match=f"pass {8 * len(NOISE)} bytes"):
-        feed(assembler, firsts[8:])
-    assembler.check_conservation()
-    (message,) = feed(assembler, frames(99, b""))  # nothing, and there is room for that
-    assert message.payload == b""
+    begun = [frames(number, NOISE) for number in range(9)]
+    assert feed(assembler, [pieces[0] for pieces in begun]) == []
+    assert assembler._open_bytes == 0
+    assert assembler.dropped == 9
+    assert feed(assembler, [frame for pieces in begun for frame in pieces[1:]]) == []
+    (message,) = feed(assembler, frames(99, NOISE))
+    assert message.payload == NOISE
+
+
+def test_a_message_larger_than_the_bound_is_dropped_alone() -> None:
+    assembler = Assembler(2 * len(NOISE))
+    messages = feed(assembler, [*frames(1, NOISE * 3), *frames(2, NOISE)])
+    assert [message.sequence for message in messages] == [2]
+    assert assembler.dropped == 1
+
+
+@pytest.mark.parametrize("begins", range(4))
+def test_a_node_that_fills_the_bound_takes_no_room_from_another(begins: int) -> None:
+    """Whatever port and rank it writes into its headers."""
+    assembler = Assembler(8 * TRUST * MAX_PAYLOAD)
+    ports, honest = list(Port), frames(7, NOISE, source=OTHER)
+    assert feed(assembler, honest[:begins]) == []
+    for number in range(512):
+        source = Address(STAGE.node, ports[number % 4])
+        assert feed(assembler, [announcement(number, source, rank=number % 256)]) == []
+    (message,) = feed(assembler, honest[begins:])
+    assert message.payload == NOISE
+    assert assembler.dropped > 500
+
+
+@quick
+@given(
+    greedy=st.lists(st.sampled_from([3, 4]), max_size=60),
+    source=st.randoms(use_true_random=False),
+)
+def test_a_node_within_its_share_of_the_bound_loses_nothing(
+    greedy: list[int], source: random.Random
+) -> None:
+    hostile = [
+        announcement(number, Address(NodeId(node), Port.STAGE))
+        for number, node in enumerate(greedy)
+    ]
+    stream = interleave([hostile, frames(1, NOISE)], source)
+    (message,) = feed(Assembler(3 * len(NOISE)), stream)
+    assert message.payload == NOISE
 
 
 def test_a_long_message_grows() -> None:
@@ -182,6 +228,16 @@ def test_a_new_epoch_forgets_unfinished_messages_of_older_ones_but_no_control() 
     assert assembler.skipped == 3
     (message,) = feed(assembler, control[1:])
     assert message.payload == NOISE
+
+
+@pytest.mark.parametrize(("node", "is_forgotten"), [(HEAD, True), (OTHER.node, False)])
+def test_only_the_head_begins_an_epoch_for_others(node: NodeId, is_forgotten: bool) -> None:
+    assembler = Assembler(MAX_MESSAGE)
+    old = frames(1, NOISE)
+    assert feed(assembler, old[:1]) == []
+    newer = frames(2, b"x", epoch=2, source=Address(node, Port.STAGE))
+    assert len(feed(assembler, newer)) == 1
+    assert len(feed(assembler, old[1:])) == (0 if is_forgotten else 1)
 
 
 def test_the_same_number_from_elsewhere_is_another_message() -> None:

@@ -2,7 +2,7 @@
 
 import types
 from contextlib import suppress
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 import pytest
@@ -31,9 +31,20 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return PRIMITIVES[hint]
     if get_origin(hint) is list:
         return st.lists(values(get_args(hint)[0]), max_size=3)
-    if get_origin(hint) is types.UnionType:
+    if get_origin(hint) is Annotated:
+        base, meta = get_args(hint)
+        return bounded(base, meta)
+    if get_origin(hint) in (types.UnionType, Union):
         return st.one_of([values(member) for member in get_args(hint)])
-    return st.builds(hint, **{name: values(field) for name, field in get_type_hints(hint).items()})
+    fields = get_type_hints(hint, include_extras=True)
+    return st.builds(hint, **{name: values(field) for name, field in fields.items()})
+
+
+def bounded(base: type, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
+    if base is str:
+        return st.text(st.characters(exclude_categories=["Cs"]), max_size=meta.max_length)
+    numbers = st.integers if base is int else st.floats
+    return numbers(meta.ge, meta.le)
 
 
 RECEIVERS = [

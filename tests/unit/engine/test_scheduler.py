@@ -1,0 +1,370 @@
+"""vLLM's own scheduler, as ours: equal steps, full pipelines, and requests that end with an error.
+
+The stages are played by a queue as deep as the pipeline; they sample the token 7, always.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from molink.engine.lost import LostStep
+from molink.engine.scheduler import PipelineScheduler
+from molink.planning.micro_batches import decodes_per_step, pending_that_fills
+
+from .conftest import MakeConfig
+
+BLOCK = 16  # tokens
+NUM_BLOCKS = 4000
+quick = settings(deadline=None, max_examples=25)
+Make = Callable[[int], "Engine"]
+
+
+class Engine:
+    """What `EngineCore.step_with_batch_queue` does with a scheduler and a pipeline."""
+
+    def __init__(self, config: VllmConfig, grammars: StructuredOutputManager) -> None:
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+        self.scheduler = PipelineScheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),
+            structured_output_manager=grammars,
+            block_size=BLOCK,
+        )
+        self.num_stages = config.parallel_config.pipeline_parallel_size
+        self.in_flight: deque[tuple[SchedulerOutput, list[str]]] = deque()
+        self.steps: list[dict[str, int]] = []  # tokens of each request
+        self.outputs: list[EngineCoreOutput] = []
+        self._hasher = get_request_block_hasher(BLOCK, sha256)
+
+    def add(self, name: str, prompt: int | list[int], **params: Any) -> None:
+        tokens = [len(name) + i for i in range(prompt)] if isinstance(prompt, int) else prompt
+        sampling = SamplingParams(**{"max_tokens": 300, "ignore_eos": True} | params)
+        request = Request(name, tokens, sampling, None, block_hasher=self._hasher)
+        self.scheduler.add_request(request)
+
+    def step(self) -> dict[str, int]:
+        """Schedule; take the oldest answer if the queue is full, or nothing else is to do."""
+        output = self.scheduler.schedule()
+        taken = dict(output.num_scheduled_tokens)
+        requests = [self.scheduler.requests[name] for name in taken]
+        whole = [r.request_id for r in requests if r.num_computed_tokens >= r.num_tokens]
+        self.in_flight.append((output, whole))
+        self.steps.append(taken)
+        is_idle = not taken and not self.scheduler.has_requests()
+        if len(self.in_flight) == self.num_stages or is_idle:
+            self.take_answer()
+        return taken
+
+    def take_answer(self, answer: ModelRunnerOutput | None = None) -> None:
+        output, whole = self.in_flight.popleft()
+        names = list(output.num_scheduled_tokens)
+        sampled = [[7] if name in whole else [] for name in names]
+        places = {name: index for index, name in enumerate(names)}
+        answer = answer or ModelRunnerOutput(names, places, sampled)
+        for of_client in self.scheduler.update_from_output(output, answer).values():
+            self.outputs += of_client.outputs
+
+    def drain(self) -> None:
+        while self.scheduler.has_requests():
+            self.step()
+        while self.in_flight:
+            self.take_answer()
+
+    @property
+    def ended(self) -> dict[str, FinishReason]:
+        return {o.request_id: o.finish_reason for o in self.outputs if o.finish_reason is not None}
+
+    def check_blocks(self) -> None:
+        """Every block is free again; one is vLLM's own."""
+        assert not self.scheduler.requests
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == NUM_BLOCKS - 1
+
+
+@pytest.fixture(scope="module")
+def make(make_config: MakeConfig) -> Make:
+    """An engine over so many stages, without requests."""
+    init_none_hash(sha256)
+    configs: dict[int, VllmConfig] = {}
+
+    def engine(num_stages: int) -> Engine:
+        if num_stages not in configs:
+            config = make_config(
+                "--max-num-seqs=64", "--max-num-batched-tokens=8192", num_stages=num_stages
+            )
+            config.cache_config.num_gpu_blocks = NUM_BLOCKS
+            configs[num_stages] = config
+        config = configs[num_stages]
+        return Engine(config, grammars)
+
+    grammars = StructuredOutputManager(make_config())
+    return engine
+
+
+def decoding(make: Make, num_stages: int, num_requests: int) -> Engine:
+    """An engine whose requests have all begun to decode, and have gone round once since."""
+    engine = make(num_stages)
+    for index in range(num_requests):
+        engine.add(f"request-{index}", 3)
+    while len(engine.scheduler.running) < num_requests or any(
+        not request.num_output_tokens for request in engine.scheduler.running
+    ):
+        engine.step()
+    for _ in range(2 * num_stages):
+        engine.step()
+    engine.steps.clear()
+    return engine
+
+
+# --- decodes
+
+
+@quick
+@given(st.integers(1, 5), st.integers(1, 24))
+def test_every_round_takes_each_decode_once_in_equal_steps(
+    make: Make, num_stages: int, num_requests: int
+) -> None:
+    engine = decoding(make, num_stages, num_requests)
+    for _ in range(4 * num_stages):
+        engine.step()
+    assert max(map(len, engine.steps)) == decodes_per_step(num_requests, num_stages)
+    for start in range(0, len(engine.steps), num_stages):
+        taken = [name for step in engine.steps[start : start + num_stages] for name in step]
+        assert sorted(taken) == sorted({f"request-{i}" for i in range(num_requests)})
+
+
+@quick
+@given(st.integers(1, 4), st.integers(1, 12))
+def test_who_is_held_back_is_taken_in_the_next_step(
+    make: Make, num_stages: int, share: int
+) -> None:
+    engine = decoding(make, num_stages, 1)
+    while engine.in_flight:
+        engine.take_answer()
+    num_requests = share * num_stages
+    for index in range(1, num_requests):
+        engine.add(f"request-{index}", 3)
+    while len(engine.scheduler.running) < num_requests:
+        engine.step()
+    while engine.in_flight:  # now all are ready at once
+        engine.take_answer()
+    engine.steps.clear()
+    for _ in range(num_stages):
+        engine.step()
+    assert [len(step) for step in engine.steps] == [share] * num_stages
+    assert len({name for step in engine.steps for name in step}) == num_requests
+
+
+def test_decodes_beyond_a_share_are_held_for_one_step() -> None:
+    scheduler: Any = PipelineScheduler.__new__(PipelineScheduler)
+    scheduler.running = [
+        SimpleNamespace(num_tokens=5, num_computed_tokens=4, next_decode_eligible_step=0)
+        for _ in range(5)
+    ]
+    scheduler.current_step, scheduler._num_stages = 7, 2
+    assert scheduler._choose_decodes() == 3
+    held = [request.next_decode_eligible_step for request in scheduler.running]
+    assert held == [0, 0, 0, 9, 9]  # vLLM's next step is 8
+
+
+arrivals = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=20
+)  # steps after the one before, prompt, answer
+
+
+def longest_wait(engine: Engine, comings: list[tuple[int, int, int]]) -> int:
+    """Steps in a row for which a request was ready to decode, and was not taken."""
+    waited: dict[str, int] = {}
+    longest, number, coming = 0, 0, deque(enumerate(comings))
+    while coming or engine.scheduler.has_requests():
+        while coming and coming[0][1][0] <= number:
+            index, (_, prompt, answer) = coming.popleft()
+            engine.add(f"request-{index}", prompt, max_tokens=answer)
+            number = 0
+        ready = {r.request_id for r in engine.scheduler.running if is_ready(r)}
+        taken = engine.step()
+        waited = {name: waited.get(name, 0) + 1 for name in ready - taken.keys()}
+        longest = max(longest, *waited.values(), 0)
+        number += 1
+    while engine.in_flight:
+        engine.take_answer()
+    return longest
+
+
+def is_ready(request: Request) -> bool:
+    return request.num_tokens - request.num_computed_tokens == 1
+
+
+@quick
+@given(st.integers(1, 5), arrivals)
+def test_nobody_waits_longer_than_a_round(
+    make: Make, num_stages: int, comings: list[tuple[int, int, int]]
+) -> None:
+    engine = make(num_stages)
+    assert longest_wait(engine, comings) <= num_stages
+    engine.check_blocks()
+    lengths = {f"request-{i}": answer for i, (_, _, answer) in enumerate(comings)}
+    for name, length in lengths.items():
+        assert sum(len(o.new_token_ids) for o in engine.outputs if o.request_id == name) == length
+
+
+# --- prefill
+
+
+@quick
+@given(st.integers(1, 5), st.lists(st.integers(2, 400), min_size=1, max_size=8))
+def test_prompts_are_computed_once_and_decodes_keep_their_place(
+    make: Make, num_stages: int, prompts: list[int]
+) -> None:
+    engine = decoding(make, num_stages, 2 * num_stages)
+    old = {request.request_id for request in engine.scheduler.running}
+    for index, length in enumerate(prompts):
+        engine.add(f"new-{index}", [1000 * index + i for i in range(length)], max_tokens=1)
+    while "new" in "".join(engine.scheduler.requests):
+        engine.step()
+    for index, length in enumerate(prompts):
+        assert sum(step.get(f"new-{index}", 0) for step in engine.steps) == length
+    for step in engine.steps:
+        assert len(old & step.keys()) == 2
+
+
+def test_a_prompt_of_one_token_is_taken_while_others_decode(make: Make) -> None:
+    engine = decoding(make, 2, 4)
+    engine.add("short", 1)
+    for _ in range(20):
+        engine.step()
+    assert any("short" in step for step in engine.steps)
+
+
+def test_a_long_prompt_is_cut_so_that_the_second_stage_begins_early(make: Make) -> None:
+    engine = make(2)
+    for index in range(8):
+        engine.add(f"new-{index}", [1000 * index + i for i in range(500)], max_tokens=1)
+    engine.step()
+    assert 500 <= sum(engine.steps[0].values()) <= 1500
+    engine.drain()
+    assert sum(sum(step.values()) for step in engine.steps) == 4000
+    alone = make(1)
+    for index in range(8):
+        alone.add(f"new-{index}", [1000 * index + i for i in range(500)], max_tokens=1)
+    assert sum(alone.step().values()) == 4000
+
+
+requests = st.builds(
+    lambda computed, left: SimpleNamespace(
+        num_computed_tokens=computed, num_tokens=computed + left
+    ),
+    st.integers(0, 100),
+    st.integers(0, 5000),
+)
+
+
+@given(
+    st.lists(requests, max_size=6),
+    st.lists(requests, max_size=6),
+    st.integers(1, 8192),
+    st.integers(1, 8),
+    st.integers(0, 64),
+)
+def test_a_budget_has_room_for_the_decodes_and_never_passes_the_users_bound(
+    running: list[Any], waiting: list[Any], bound: int, num_stages: int, num_decodes: int
+) -> None:
+    scheduler: Any = PipelineScheduler.__new__(PipelineScheduler)
+    scheduler.scheduler_config = SimpleNamespace(enable_chunked_prefill=True)
+    scheduler.running, scheduler.waiting = running, waiting
+    scheduler._max_tokens, scheduler._num_stages = bound, num_stages
+    scheduler._enough = pending_that_fills(bound, num_stages)
+    pending = sum(
+        left for r in running + waiting if (left := r.num_tokens - r.num_computed_tokens) > 1
+    )
+    budget = scheduler._token_budget(num_decodes)
+    assert min(bound, num_decodes + bool(pending)) <= budget <= bound
+    assert budget <= max(1, num_decodes + pending)
+    if num_stages == 1:
+        assert budget == max(1, min(bound, num_decodes + pending))
+    scheduler.scheduler_config.enable_chunked_prefill = False
+    assert scheduler._token_budget(num_decodes) == bound  # vLLM then takes whole prompts
+
+
+# --- requests that cannot cross the wire
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_request_that_cannot_cross_the_wire_ends_and_the_others_run(
+    make: Make, place: int
+) -> None:
+    engine = make(2)
+    for index in range(3):
+        extra = {"kv_transfer_params": {"deep": [range(3) if index == place else None]}}
+        engine.add(f"request-{index}", 20, max_tokens=4, extra_args=extra)
+    engine.drain()
+    assert not any(f"request-{place}" in step for step in engine.steps)
+    assert engine.ended == {
+        f"request-{i}": FinishReason.ERROR if i == place else FinishReason.LENGTH for i in range(3)
+    }
+    engine.check_blocks()
+
+
+def test_a_request_that_cannot_cross_the_wire_ends_with_nobody_else_there(make: Make) -> None:
+    engine = make(2)
+    engine.add("alone", 20, extra_args={"plugin": object()})
+    engine.drain()
+    assert engine.ended == {"alone": FinishReason.ERROR}
+    engine.check_blocks()
+
+
+# --- a lost pipeline
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_lost_step_ends_every_request_once_and_the_next_ones_run(
+    make: Make, num_steps: int
+) -> None:
+    engine = make(3)
+    for index in range(5):
+        engine.add(f"request-{index}", 100)
+    for _ in range(num_steps):
+        engine.step()
+    for _ in range(max(1, len(engine.in_flight))):
+        engine.take_answer(LostStep.because("node-1 went away"))
+    errors = [o.request_id for o in engine.outputs if o.finish_reason is FinishReason.ERROR]
+    assert sorted(errors) == [f"request-{index}" for index in range(5)]
+    engine.check_blocks()
+    assert engine.scheduler.schedule().finished_req_ids == set(errors)
+
+    engine.steps.clear()
+    engine.add("later", 100, max_tokens=3)
+    engine.drain()
+    assert sum(step.get("later", 0) for step in engine.steps) == 102  # no prefix is cached
+    assert engine.ended["later"] is FinishReason.LENGTH
+    engine.check_blocks()
+
+
+def test_prefixes_are_cached_until_a_step_is_lost(make: Make) -> None:
+    engine = make(2)
+    prompt = list(range(4 * BLOCK + 1))
+    for name in ("first", "second", "third"):
+        engine.add(name, prompt, max_tokens=1)
+        if name == "third":
+            engine.step()
+            engine.take_answer(LostStep.because("gone"))
+            engine.add("fourth", prompt, max_tokens=1)
+        engine.drain()
+    taken = {name: number for step in engine.steps for name, number in step.items()}
+    assert taken == {"first": len(prompt), "second": 1, "third": 1, "fourth": len(prompt)}
