@@ -1,6 +1,8 @@
 """What the wire costs: agent to agent, and stage to stage through both agents, TLS on, loopback.
 
-Real processes: two agents, and at each a process on its local socket. Prints a table, writes JSON.
+Real processes: two agents, and at each a process on its local socket. What gRPC alone gives between
+the same two processes, with the same TLS and messages of the same size, is the bound of what agents
+can reach; runs alternate. Prints a table, writes JSON.
 
     python benchmarks/transport.py [--json FILE]
 """
@@ -18,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import grpc
+import grpc.aio
 import uvloop
 from rich.console import Console
 from rich.table import Table
@@ -26,9 +30,9 @@ from molink.core.errors import LinkError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.home import RunFolder
-from molink.transport.credentials import server_credentials
+from molink.transport.credentials import channel_credentials, expect_node, server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
-from molink.transport.link import Link
+from molink.transport.link import CHANNEL_OPTIONS, Link
 from molink.transport.local import LocalSocket
 from molink.transport.server import Accepted, LinkServer, dial
 from molink.wire import to_agent
@@ -36,6 +40,8 @@ from molink.wire.frames import MAX_PAYLOAD, Kind, Priority, cut
 
 MIB = 1024 * 1024
 OTHER = NodeId(1)
+FLOOD = 512 * MIB  # bytes of one run
+ROUNDS = 5
 
 
 class BenchAgent(Agent):
@@ -56,20 +62,25 @@ async def _agent(node: NodeId, folder: Path, pipe: Connection) -> None:
     identity = NodeIdentity.load(folder / f"{node}.pem")
     run_folder = RunFolder()
     agent = BenchAgent(node, run_folder)
+    agent.switch.stage_nodes = (HEAD, OTHER)
     await agent.listen_locally()
     if node == HEAD:
-        await _listen(agent, identity, pipe)
+        pipe.send([await _listen(agent, identity), await _listen_raw(agent, identity)])
     else:
-        dialled = await dial(pipe.recv(), identity, HEAD, 10.0)
+        address, raw_address = pipe.recv()
+        dialled = await dial(address, identity, HEAD, 10.0)
         agent.spawn(agent.run_link(dialled.link))
     pipe.send(str(run_folder.socket))
-    while (job := await asyncio.to_thread(pipe.recv)) is not None:
-        pipe.send(await _flood(agent.switch.links[OTHER], job))
+    while await asyncio.to_thread(pipe.recv):
+        if node == HEAD:
+            pipe.send(await _flood(agent.switch.links[OTHER]))
+        else:
+            pipe.send(await _drain_raw(raw_address, identity))
     run_folder.remove()
     os._exit(0)
 
 
-async def _listen(agent: Agent, identity: NodeIdentity, pipe: Connection) -> None:
+async def _listen(agent: Agent, identity: NodeIdentity) -> str:
     async def accept(accepted: Accepted) -> None:
         with contextlib.suppress(LinkError):
             await agent.run_link(accepted.link)
@@ -77,10 +88,42 @@ async def _listen(agent: Agent, identity: NodeIdentity, pipe: Connection) -> Non
     server = LinkServer(lambda: identity.authority_pem, accept)
     port = await server.start("127.0.0.1:0", server_credentials(lambda: identity))
     agent.server = server  # type: ignore[attr-defined]
-    pipe.send(f"127.0.0.1:{port}")
+    return f"127.0.0.1:{port}"
 
 
-async def _flood(link: Link, num_bytes: int) -> float:
+async def _listen_raw(agent: Agent, identity: NodeIdentity) -> str:
+    """gRPC alone: whoever calls gets as many bytes as `_flood` sends."""
+    payload = bytes(MAX_PAYLOAD)
+
+    async def flood(_: Any, context: Any) -> None:
+        for _ in range(FLOOD // MAX_PAYLOAD):
+            await context.write(payload)
+
+    server = grpc.aio.server(options=CHANNEL_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(flood)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("bench.Raw", {"Flood": handler}),)
+    )
+    port = server.add_secure_port("127.0.0.1:0", server_credentials(lambda: identity))
+    await server.start()
+    agent.raw_server = server  # type: ignore[attr-defined]
+    return f"127.0.0.1:{port}"
+
+
+async def _drain_raw(address: str, identity: NodeIdentity) -> float:
+    """Seconds in which gRPC alone brings the bytes."""
+    options = [*CHANNEL_OPTIONS, expect_node(HEAD)]
+    credentials = channel_credentials(identity)
+    async with grpc.aio.secure_channel(address, credentials, options=options) as channel:
+        await channel.channel_ready()
+        call: Any = channel.stream_stream("/bench.Raw/Flood")()
+        started = time.perf_counter()
+        while await call.read() is not grpc.aio.EOF:
+            pass
+        return time.perf_counter() - started
+
+
+async def _flood(link: Link) -> float:
     """Seconds to push frames nobody reads (dropped at the other agent) through the link."""
     frame = next(
         header + bytes(pieces[0])
@@ -93,11 +136,11 @@ async def _flood(link: Link, num_bytes: int) -> float:
         )
     )
     started, before = time.perf_counter(), link.bytes_sent
-    for _ in range(num_bytes // MAX_PAYLOAD):
+    for _ in range(FLOOD // MAX_PAYLOAD):
         waiting = link.send(frame, Priority.PREFILL)
         if waiting is not None:
             await waiting
-    while link.bytes_sent - before < num_bytes:  # noqa: ASYNC110 - a link has no such event
+    while link.bytes_sent - before < FLOOD:  # noqa: ASYNC110 - a link has no such event
         await asyncio.sleep(0.001)
     return time.perf_counter() - started
 
@@ -177,11 +220,17 @@ def main() -> None:
         pipes[1].send(pipes[0].recv())
         sockets = [pipe.recv() for pipe in pipes]
         time.sleep(0.5)
-        floods = []
-        for _ in range(3):
-            pipes[0].send(512 * MIB)
-            floods.append(512 / pipes[0].recv())
-        results["agent to agent, MiB/s"] = statistics.median(floods)
+        rates: list[list[float]] = [[], []]
+        for _ in range(ROUNDS):
+            for node, pipe in enumerate(pipes):
+                pipe.send(True)
+                rates[node].append(FLOOD / MIB / pipe.recv())
+        agents, raw = map(statistics.median, rates)
+        results["gRPC alone, MiB/s"] = raw
+        results["agent to agent, MiB/s"] = agents
+        results["agent to agent, share of gRPC alone"] = statistics.median(
+            ours / bound for ours, bound in zip(*rates, strict=True)
+        )
         echo = context.Process(target=run_echo, args=(sockets[1],), daemon=True)
         echo.start()
         time.sleep(2.0)

@@ -290,9 +290,9 @@ def test_a_budget_has_room_for_the_decodes_and_never_passes_the_users_bound(
     scheduler.running, scheduler.waiting = running, waiting
     scheduler._max_tokens, scheduler._num_stages = bound, num_stages
     scheduler._enough = pending_that_fills(bound, num_stages)
-    pending = sum(
-        left for r in running + waiting if (left := r.num_tokens - r.num_computed_tokens) > 1
-    )
+    left = [r.num_tokens - r.num_computed_tokens for r in running]
+    pending = sum(tokens for tokens in left if tokens > 1)
+    pending += sum(r.num_tokens - r.num_computed_tokens for r in waiting)
     budget = scheduler._token_budget(num_decodes)
     assert min(bound, num_decodes + bool(pending)) <= budget <= bound
     assert budget <= max(1, num_decodes + pending)
