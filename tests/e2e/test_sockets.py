@@ -21,6 +21,7 @@ def check_sockets(machine: Machine, http: tuple[str, int] | None) -> int:
     ((_, agent_port),) = machine.listening(AGENT)
     assert machine.listening(ENGINE) == ([http] if http else [])
     of_stage = machine.listening(STAGE)
+    assert len(of_stage) <= 2  # the world, and one group for all that vLLM makes of one rank
     assert {host for host, _ in of_stage} <= {"127.0.0.1", "::1"}  # torch's own, one per group
     assert len(machine.listening()) == 1 + (http is not None) + len(of_stage)
     return agent_port

@@ -7,7 +7,7 @@ vLLM's `run_server`: those two stand where they are read with the rest.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
         whole = parallel.pipeline_parallel_size, parallel.world_size
         parallel.pipeline_parallel_size = 1
         parallel.world_size = parallel.tensor_parallel_size
-        original(*args, **kwargs)
+        with shared_groups() if parallel.world_size == 1 else nullcontext():
+            original(*args, **kwargs)
         parallel.pipeline_parallel_size, parallel.world_size = whole
         parallel_state._PP = group
 
@@ -78,6 +79,28 @@ def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
     finally:
         cpu_worker.init_worker_distributed_environment = original
         gpu_worker.init_worker_distributed_environment = original
+
+
+@contextmanager
+def shared_groups() -> Iterator[None]:
+    """Make groups of the same ranks and backend one group; for a stage of one rank.
+
+    vLLM makes a dozen groups. Nothing passes through those of one rank, but a thread of each gloo
+    group wakes a hundred times a second: 2.5 % of a core for an idle stage (measured).
+    """
+    new_group, made = torch.distributed.new_group, {}
+
+    def shared(ranks: Any = None, *args: Any, backend: Any = None, **kwargs: Any) -> Any:
+        key = (None if ranks is None else tuple(ranks), backend)
+        if key not in made:
+            made[key] = new_group(ranks, *args, backend=backend, **kwargs)
+        return made[key]
+
+    torch.distributed.new_group = shared
+    try:
+        yield
+    finally:
+        torch.distributed.new_group = new_group
 
 
 def unlink_shared_memory() -> None:

@@ -103,6 +103,21 @@ def test_both_workers_initialise_through_a_name_in_their_own_module() -> None:
     assert name in gpu_worker.Worker.init_device.__wrapped__.__code__.co_names
 
 
+def test_groups_of_one_rank_are_one_group_of_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[list[int], str]] = []
+
+    def new_group(ranks: list[int], *, backend: str, timeout: None = None) -> int:
+        made.append((ranks, backend))
+        return len(made)
+
+    monkeypatch.setattr(torch.distributed, "new_group", new_group)
+    with compat.shared_groups():
+        new = torch.distributed.new_group
+        groups = [new([0], backend=name, timeout=None) for name in ("gloo", "nccl", "gloo", "nccl")]
+    assert groups == [1, 2, 1, 2]
+    assert torch.distributed.new_group is new_group
+
+
 # --- steps
 
 
