@@ -45,7 +45,7 @@ class Demo:
         self._wait(self._is_up)
 
     def _run(self, arguments: list[str], home: str) -> None:
-        print(f"$ molink {' '.join(arguments)}", flush=True)
+        print(f"$ MOLINK_HOME={self._folder / home} molink {' '.join(arguments)}", flush=True)
         environment = os.environ | {
             "MOLINK_HOME": str(self._folder / home),
             "HF_HUB_OFFLINE": "1",
@@ -122,6 +122,8 @@ def main() -> None:
     except (DemoError, httpx.HTTPError, subprocess.CalledProcessError) as error:
         sys.exit(f"{error}; the logs are in {folder}")
     finally:
+        for number in (signal.SIGINT, signal.SIGTERM):  # one is enough; what runs ends in seconds
+            signal.signal(number, signal.SIG_IGN)
         demo.stop()
     shutil.rmtree(folder)
 

@@ -1,7 +1,7 @@
 """`molink join`: give this machine to a cluster."""
 
-import asyncio
 import fcntl
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +19,7 @@ from molink.node.home import ClusterFolder, RunFolder
 from molink.node.member import MemberAgent, MemberSettings
 from molink.node.stage_host import StageHost
 from molink.transport.identity import NodeIdentity
+from molink.transport.server import fetch_status
 from molink.transport.token import JoinToken
 
 MAX_NODES_PER_MACHINE = 64
@@ -71,6 +72,8 @@ def join(
         check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
         if layers is not None:
             LayerRange.parse(layers, MAX_LAYERS)
+        if token_file is not None and token == os.environ.get("MOLINK_TOKEN"):
+            token = None  # what was typed counts
         invitation = _read_token(token, token_file)
         addresses = (head,) if head else invitation.addresses
         node_name = name or socket.gethostname()
@@ -140,7 +143,7 @@ async def _identity(
     for address in addresses:
         try:
             if kept is not None:
-                await _check_reachable(address)
+                await fetch_status(address, kept, CONNECT_TIMEOUT_S)
                 return kept, address
             identity = await request_identity(address, invitation, name)
         except LinkError as error:
@@ -149,17 +152,6 @@ async def _identity(
             identity.save(folder.identity)
             return identity, address
     raise LinkError("cannot join: " + "; ".join(troubles))
-
-
-async def _check_reachable(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    try:
-        _, writer = await asyncio.wait_for(
-            asyncio.open_connection(host.strip("[]"), int(port)), CONNECT_TIMEOUT_S
-        )
-    except (OSError, ValueError, TimeoutError) as error:
-        raise LinkError(f"cannot be reached: {error or 'no answer'}") from None
-    writer.close()
 
 
 def _kept_identity(folder: ClusterFolder, authority_key: bytes) -> NodeIdentity | None:

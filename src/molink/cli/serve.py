@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from molink.cluster.state import ClusterState
 from molink.cluster.store import Store
 from molink.core.errors import MolinkError, UsageError
 from molink.core.ids import HEAD
+from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
 from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
@@ -82,16 +83,22 @@ def serve(
         if model.startswith("-"):
             raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
         check_device(device)
-        check_flags(flags)
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
         if nodes in (None, 1) and layers is None:
+            given = {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
+            _check_alone(model, given)
             _plain_vllm(model, host, port, flags)
+        check_flags(flags)
+        facts = read_model(model, value_of(flags, "--revision"))
+        if layers not in (None, "none"):
+            LayerRange.parse(layers, facts.num_layers)
         folder = ClusterFolder(_slug(cluster or model))
         run_until_signal(
             lambda on_signal: _serve(
                 on_signal,
                 folder,
+                facts,
                 EngineSettings(model, host, port, tuple(flags)),
                 _settings(model, host, port, listen, advertise, layers, name, flags),
                 nodes,
@@ -123,6 +130,15 @@ def _settings(
     )
 
 
+def _check_alone(model: str, of_cluster: Mapping[str, object]) -> None:
+    """Raises UsageError for what only a cluster has, and for a folder that is not there."""
+    for name, value in of_cluster.items():
+        if value is not None:
+            raise UsageError(f"{name} is for a cluster: add --nodes N or --layers A:B")
+    if model.startswith(("/", "./", "../")) and not Path(model).exists():
+        raise UsageError(f"there is no model folder {model}")
+
+
 def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
     """Become vLLM's own server; does not return."""
     say("one node: this is plain vLLM, without any agent; add --nodes N to serve over N machines")
@@ -134,14 +150,12 @@ def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
 async def _serve(
     on_signal: Callable[[Callable[[], None]], None],
     folder: ClusterFolder,
+    model: ModelFacts,
     engine: EngineSettings,
     settings: HeadSettings,
     nodes: int | None,
     token_file: Path | None,
 ) -> None:
-    model = read_model(engine.model, value_of(list(engine.vllm_flags), "--revision"))
-    if settings.layers not in (None, "none"):
-        LayerRange.parse(settings.layers, model.num_layers)
     store = Store(folder.state)
     state = store.load()
     authority = _authority(folder, is_new=state is None)
@@ -224,7 +238,21 @@ def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:
         for address in interface
         if address.family == socket.AF_INET and not address.address.startswith("127.")
     ]
+    if not found:
+        say("warning: there is no address but loopback for other machines; use --advertise")
+    found.sort(key=lambda address: address != _routed_address())
     return tuple(f"{address}:{port}" for address in (*found[:3], "127.0.0.1"))
+
+
+def _routed_address() -> str | None:
+    """This machine's address on its default route; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        except OSError:
+            return None
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def _authority(folder: ClusterFolder, *, is_new: bool) -> ClusterAuthority:

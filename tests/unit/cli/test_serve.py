@@ -227,3 +227,26 @@ def test_a_token_may_go_to_something_that_is_no_file() -> None:
 def test_a_token_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot write the token file"):
         _write_private(tmp_path, "secret")
+
+
+@pytest.mark.parametrize(
+    "flag", [("--token-file", "token"), ("--advertise", "example.org:1"), ("--cluster", "c")]
+)
+def test_flags_of_a_cluster_are_not_dropped_in_silence(
+    run: Run, model: Path, port: int, flag: tuple[str, str]
+) -> None:
+    outcome = run("serve", model, "--port", port, *flag)
+    assert outcome.status == 2
+    assert f"{flag[0]} is for a cluster: add --nodes N or --layers A:B" in outcome.error
+
+
+def test_one_node_without_the_models_folder(run: Run, tmp_path: Path, port: int) -> None:
+    outcome = run("serve", tmp_path / "nothing", "--port", port)
+    assert outcome.status == 2
+    assert "there is no model folder" in outcome.error
+
+
+def test_a_mistake_leaves_no_folder(run: Run, home: Path, model: Path, port: int) -> None:
+    outcome = run("serve", model, "--port", port, "--layers", "5:2", *LOCAL)
+    assert outcome.status == 2
+    assert not home.exists() or list(home.iterdir()) == []
