@@ -89,6 +89,7 @@ class Demo:
 
     def show(self) -> None:
         """`molink status`, as a person would run it on the head."""
+        time.sleep(2.5)  # nodes report once a second
         environment = os.environ | {"MOLINK_HOME": str(self._folder / "alpha")}
         subprocess.run([MOLINK, "status"], env=environment, check=True)
 
