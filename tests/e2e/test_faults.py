@@ -70,7 +70,7 @@ def test_a_killed_stage(cluster: Faulty) -> None:
     assert "error" in stream.events[-1]
     refusal = cluster.http.post("/v1/completions", json={"model": cluster.model, "prompt": "Hello"})
     assert refusal.status_code == 503
-    assert "the pipeline is down: killed by signal 9" in refusal.text
+    assert "the pipeline is down: node1: killed by signal 9" in refusal.text
     assert cluster.has_status(503)
     assert not cluster.view().serving
     assert cluster.metrics()["molink_serving"] == 0

@@ -98,7 +98,8 @@ def _lost_text(owner: NodeRecord, stage: Stage, model: ModelFacts) -> str:
             f"parallel size than {stage.tensor_parallel_size}"
         )
     else:
-        lost = f"{owner.name} with layers {stage.layers} is {owner.status} ({owner.trouble})"
+        why = f" ({owner.trouble})" if owner.trouble else ""
+        lost = f"{owner.name} with layers {stage.layers} is {owner.status}{why}"
     return f"the pipeline is down: {lost}; waiting for it, or for a node with {free:.1f} GiB free"
 
 

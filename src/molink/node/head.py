@@ -311,8 +311,9 @@ class HeadAgent(Agent):
     async def _settle(self) -> None:
         state = self._coordinator.state
         if state.is_down:
-            troubles = [state.node(node).trouble for node in self._deployment.nodes]
-            self._deployment.take_down("; ".join(filter(None, troubles)) or "a stage is lost")
+            nodes = [state.node(node) for node in self._deployment.nodes]
+            troubles = [f"{node.name}: {node.trouble}" for node in nodes if node.trouble]
+            self._deployment.take_down("; ".join(troubles) or "a stage is lost")
             await self._empty_stages(self._deployment.take_half_loaded(), "it was half loaded")
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
