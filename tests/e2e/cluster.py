@@ -62,6 +62,11 @@ Request = dict[str, Any]
 Answer = dict[str, Any]
 
 
+def tokens(answers: Sequence[Answer]) -> list[list[int]]:
+    """The ids of every choice of every answer, in order."""
+    return [choice["token_ids"] for answer in answers for choice in answer["choices"]]
+
+
 class ClusterError(AssertionError):
     """A machine did not do what it was waited for; the message ends with the tails of its logs."""
 
@@ -174,6 +179,11 @@ class Machine:
     def signal(self, number: signal.Signals) -> None:
         """Signal the command alone, as `kill` does."""
         self.process.send_signal(number)
+
+    def kill_stage(self) -> None:
+        """Kill the one process of its stage."""
+        (stage,) = self.processes("molink.entrypoints.stage")
+        stage.kill()
 
     def end(self) -> None:
         """End all of its processes for certain."""
@@ -316,6 +326,10 @@ class Cluster:
     def view(self) -> ClusterView:
         """`/cluster`."""
         return decode_view(self.http.get("/cluster").raise_for_status().content)
+
+    def has_status(self, status: int) -> bool:
+        """Whether `/health` answers so."""
+        return self.http.get("/health").status_code == status
 
     def metrics(self) -> dict[str, float]:
         """`/metrics`: for each name the sum over its labels."""

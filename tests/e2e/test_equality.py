@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.e2e.cluster import Answer, Cluster, Request, eventually
+from tests.e2e.cluster import Cluster, Request, eventually, tokens
 from tests.e2e.conftest import MAX_NUM_SEQS, TIGHT
 from tests.factories import make_completion, make_prompt, make_prompts
 
@@ -22,10 +22,6 @@ SAMPLING: list[dict[str, Any]] = [
     {"temperature": 0.8, "min_tokens": 6, "stop_token_ids": list(range(4, 1500, 3))},
     {"temperature": 0.8, "n": 2},
 ]
-
-
-def tokens(answers: list[Answer]) -> list[list[int]]:
-    return [choice["token_ids"] for answer in answers for choice in answer["choices"]]
 
 
 def assert_equal(requests: list[Request], pipeline: Cluster, reference: Cluster) -> None:

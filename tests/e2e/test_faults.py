@@ -5,11 +5,12 @@ All tests share one cluster, and each leaves it serving.
 
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.cluster import Cluster, Machine, eventually, free_port
+from tests.e2e.cluster import Cluster, eventually, free_port, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import requests_in_flight
 from tests.factories import make_completion, make_prompts
@@ -32,11 +33,7 @@ class Faulty(Cluster):
         return self
 
     def ask_tokens(self) -> list[list[int]]:
-        answers = self.ask(REQUESTS)
-        return [choice["token_ids"] for answer in answers for choice in answer["choices"]]
-
-    def has_status(self, status: int) -> bool:
-        return self.http.get("/health").status_code == status
+        return tokens(self.ask(REQUESTS))
 
     def check_mended(self) -> None:
         """Raises unless it serves again, and as before."""
@@ -54,16 +51,14 @@ def cluster() -> Iterator[Faulty]:
         yield cluster
 
 
-def kill_stage(machine: Machine) -> None:
-    (stage,) = machine.processes("molink.entrypoints.stage")
-    stage.kill()
-
-
 def test_a_killed_stage(cluster: Faulty) -> None:
     stream, whole = requests_in_flight(cluster)
-    kill_stage(cluster.members[0])
+    fault = time.monotonic()
+    cluster.members[0].kill_stage()
     for request in (stream, whole):
         request.wait(END_S)
+        assert request.ended_at is not None
+        assert request.ended_at - fault < END_S
     assert whole.status == 503
     assert int(whole.headers["retry-after"]) > 0
     assert stream.status == 200
@@ -81,11 +76,11 @@ def test_a_killed_stage(cluster: Faulty) -> None:
 def test_the_heads_own_stage_is_killed_while_another_is_loaded(cluster: Faulty) -> None:
     running = requests_in_flight(cluster)
     since = len(cluster.head.log)
-    kill_stage(cluster.members[0])
+    cluster.members[0].kill_stage()
     for request in running:
         request.wait(END_S)
     cluster.expect("stage 2 of 2", since)
-    kill_stage(cluster.head)
+    cluster.head.kill_stage()
     cluster.expect("the stage's process on this machine is gone", since)
     cluster.check_mended()
 

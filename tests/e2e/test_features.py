@@ -147,6 +147,7 @@ def test_schema_through_the_chat_api(pipeline: Cluster) -> None:
 )
 def test_bad_request(pipeline: Cluster, changes: Request, status: int, says: str) -> None:
     body = {"model": pipeline.model, **make_completion([5, 6, 7]), **changes}
+    body = {name: value for name, value in body.items() if value is not None}
     response = pipeline.http.post("/v1/completions", json=body)
     assert response.status_code == status
     assert says in response.json()["error"]["message"]
@@ -156,6 +157,7 @@ def test_malformed_body(pipeline: Cluster) -> None:
     headers = {"content-type": "application/json"}
     response = pipeline.http.post("/v1/completions", content=b'{"prompt": ', headers=headers)
     assert response.status_code == 400
+    assert response.json()["error"]["message"]
 
 
 def test_aborted_requests_free_their_memory(pipeline: Cluster, reference: Cluster) -> None:

@@ -33,8 +33,7 @@ def join(
         str | None, typer.Argument(metavar="[HEAD:PORT]", help="Instead of the token's address.")
     ] = None,
     token: Annotated[
-        str | None,
-        typer.Option(envvar="MOLINK_TOKEN", help="The token that molink serve printed."),
+        str | None, typer.Option(help="The token that molink serve printed; or MOLINK_TOKEN.")
     ] = None,
     token_file: Annotated[Path | None, typer.Option(help="File that holds the token.")] = None,
     model: Annotated[
@@ -72,8 +71,6 @@ def join(
         check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
         if layers is not None:
             LayerRange.parse(layers, MAX_LAYERS)
-        if token_file is not None and token == os.environ.get("MOLINK_TOKEN"):
-            token = None  # what was typed counts
         invitation = _read_token(token, token_file)
         addresses = (head,) if head else invitation.addresses
         node_name = name or socket.gethostname()
@@ -93,6 +90,8 @@ def join(
 
 
 def _read_token(token: str | None, file: Path | None) -> JoinToken:
+    if token is None and file is None:
+        token = os.environ.get("MOLINK_TOKEN")
     if (token is None) == (file is None):
         raise UsageError("give the token that molink serve printed: --token T or --token-file F")
     if token is None:

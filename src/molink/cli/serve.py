@@ -16,7 +16,7 @@ import typer
 from molink.cli.console import fail, own_versions, run_until_signal, say
 from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings, value_of
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.model_files import read_model
+from molink.cluster.model_files import check_name, read_model
 from molink.cluster.state import ClusterState
 from molink.cluster.store import Store
 from molink.core.errors import MolinkError, UsageError
@@ -86,8 +86,11 @@ def serve(
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
         if nodes in (None, 1) and layers is None:
-            given = {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
-            _check_alone(model, given)
+            _check_alone(
+                {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
+            )
+            if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
+                check_name(model)
             _plain_vllm(model, host, port, flags)
         check_flags(flags)
         facts = read_model(model, value_of(flags, "--revision"))
@@ -130,13 +133,11 @@ def _settings(
     )
 
 
-def _check_alone(model: str, of_cluster: Mapping[str, object]) -> None:
-    """Raises UsageError for what only a cluster has, and for a folder that is not there."""
+def _check_alone(of_cluster: Mapping[str, object]) -> None:
+    """Raises UsageError for a flag that only a cluster has."""
     for name, value in of_cluster.items():
         if value is not None:
             raise UsageError(f"{name} is for a cluster: add --nodes N or --layers A:B")
-    if model.startswith(("/", "./", "../")) and not Path(model).exists():
-        raise UsageError(f"there is no model folder {model}")
 
 
 def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
@@ -240,7 +241,8 @@ def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:
     ]
     if not found:
         say("warning: there is no address but loopback for other machines; use --advertise")
-    found.sort(key=lambda address: address != _routed_address())
+    routed = _routed_address()
+    found.sort(key=lambda address: address != routed)
     return tuple(f"{address}:{port}" for address in (*found[:3], "127.0.0.1"))
 
 

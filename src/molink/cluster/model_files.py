@@ -74,6 +74,13 @@ def _stable(value: Any) -> Any:
     return value
 
 
+def check_name(name: str) -> None:
+    """Raises UsageError for what is nothing on this machine and no hub id either."""
+    path = Path(name).expanduser()
+    if not path.exists() and not _HUB_ID.fullmatch(name):
+        raise _no_folder(path)
+
+
 def _find(name: str, revision: str | None) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -83,12 +90,17 @@ def _find(name: str, revision: str | None) -> Path:
                 "(on a node that joins, with --model PATH)"
             )
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(name):
-        raise UsageError(
-            f"there is no model folder {folder} on this machine: give the folder that holds its "
-            "config.json (on a node that joins, with --model PATH)"
-        )
+    if folder.exists():
+        raise _no_folder(folder)
+    check_name(name)
     return _find_on_hub(name, revision)
+
+
+def _no_folder(folder: Path) -> UsageError:
+    return UsageError(
+        f"there is no model folder {folder} on this machine: give the folder that holds its "
+        "config.json (on a node that joins, with --model PATH)"
+    )
 
 
 def _find_on_hub(name: str, revision: str | None) -> Path:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Coroutine
+from functools import partial
 from typing import Any
 
 from molink.core.errors import LinkError, MolinkError, UsageError, WireError
@@ -55,16 +56,15 @@ class Agent:
         """Run something beside everything else; a failure is logged, that of a vital one raised."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._fail_with if is_vital else self._log_failure)
+        task.add_done_callback(partial(self._finished, is_vital=is_vital))
 
-    def _fail_with(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, task: asyncio.Task[None], *, is_vital: bool) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if is_vital:
             self.fail(error)
-
-    def _log_failure(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        else:
             logger.error("%s failed", task.get_coro(), exc_info=error)
 
     def cancel_tasks(self) -> None:

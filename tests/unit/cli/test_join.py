@@ -79,6 +79,17 @@ def test_the_token_may_come_from_a_file_with_a_line_break(
     assert outcome.status == 1
 
 
+def test_the_environments_token_counts_where_none_is_given(
+    run: Run, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOLINK_TOKEN", TOKEN)
+    (tmp_path / "token").write_text(make_token("127.0.0.1:3"))
+    run("join")
+    run("join", "--token-file", tmp_path / "token")
+    run("join", "--token", make_token("127.0.0.1:4"))
+    assert asked == ["127.0.0.1:1", "127.0.0.1:3", "127.0.0.1:4"]
+
+
 def test_every_address_of_the_token_is_tried(run: Run, asked: list[str]) -> None:
     outcome = run("join", "--token", make_token("127.0.0.1:1", "head.invalid:2"))
     assert asked == ["127.0.0.1:1", "head.invalid:2"]
