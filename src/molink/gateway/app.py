@@ -1,21 +1,16 @@
 """What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, 503 while it is down."""
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from prometheus_client import REGISTRY
 
 from molink.gateway.agent_client import AgentClient
+from molink.gateway.asgi import Application, Message, Receive, Scope, Send, respond, respond_error
 from molink.gateway.metrics import ClusterCollector
 
 RETRY_AFTER_S = 5
 NOTICE_S = 0.1  # the engine may fail a request before the agent's notice of the loss is here
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ALWAYS_ANSWERED = ("/metrics", "/version", "/ping")
 
@@ -42,14 +37,14 @@ class PipelineMiddleware:
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         elif scope["path"] == "/cluster":
-            await _respond(send, 200, self._client.view_json)
+            await respond(send, 200, self._client.view_json)
         elif self._client.down is not None and scope["path"] not in ALWAYS_ANSWERED:
             await self._refuse(send)
         else:
             await self._pass(scope, receive, send)
 
     def _reporting(self, send: Send) -> Send:
-        async def forward(message: MutableMapping[str, Any]) -> None:
+        async def forward(message: Message) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
                 self._client.report_serving()
@@ -61,7 +56,7 @@ class PipelineMiddleware:
         losses = self._client.losses
         replaced = False
 
-        async def forward(message: MutableMapping[str, Any]) -> None:
+        async def forward(message: Message) -> None:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] == 500:
                 await asyncio.sleep(NOTICE_S)
@@ -75,14 +70,6 @@ class PipelineMiddleware:
 
     async def _refuse(self, send: Send) -> None:
         reason = self._client.down or "a stage was lost; the request can be sent again"
+        retry = [(b"retry-after", str(RETRY_AFTER_S).encode())]
         message = f"the pipeline is down: {reason}"
-        error = {"message": message, "type": "ServiceUnavailableError", "param": None, "code": 503}
-        await _respond(send, 503, json.dumps({"error": error}).encode(), retry=True)
-
-
-async def _respond(send: Send, status: int, body: bytes, retry: bool = False) -> None:
-    headers = [(b"content-type", b"application/json")]
-    if retry:
-        headers.append((b"retry-after", str(RETRY_AFTER_S).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+        await respond_error(send, 503, "ServiceUnavailableError", message, retry)

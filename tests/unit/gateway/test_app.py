@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from molink.gateway import app as gateway
-from molink.gateway.app import PipelineMiddleware, Receive, Scope, Send
+from molink.gateway.app import PipelineMiddleware
+from molink.gateway.asgi import Receive, Scope, Send
 
 
 class FakeClient:

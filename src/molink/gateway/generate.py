@@ -1,0 +1,149 @@
+"""`POST /generate`: answered by `/v1/completions` of the application around which this is put.
+
+Pure ASGI; vLLM takes it with `--middleware molink.gateway.generate.GenerateMiddleware`. Keys are
+checked by the application itself, which sees a completion with the client's own headers.
+"""
+
+from typing import Any
+
+import msgspec
+
+from molink.gateway.asgi import Application, Headers, Message, Receive, Scope, Send, respond_error
+from molink.gateway.generate_forms import Form, FormError, Outputs, read_form
+
+PATH = "/generate"
+COMPLETIONS_PATH = "/v1/completions"
+MAX_BODY = 32 * 1024 * 1024  # bytes
+_OWN_HEADERS = (b"content-length", b"content-type", b"transfer-encoding")
+
+
+class GenerateMiddleware:
+    """ASGI: serves `/generate` in both forms of `generate_forms`; passes on everything else."""
+
+    def __init__(self, app: Application) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not _is_generate(scope):
+            await self._app(scope, receive, send)
+            return
+        body = await _read(receive)
+        if body is None:
+            return
+        if len(body) > MAX_BODY:
+            message = f"the body is larger than {MAX_BODY} bytes"
+            await respond_error(send, 413, "RequestEntityTooLargeError", message)
+            return
+        try:
+            form = read_form(body)
+        except FormError as error:
+            await respond_error(send, 400, "BadRequestError", str(error))
+            return
+        completion = msgspec.json.encode(form.completion())
+        await self._app(
+            _completions_scope(scope, completion),
+            _first(completion, receive),
+            _Translation(form, send).send,
+        )
+
+
+class _Translation:
+    """Turns the application's answer into the form's; an error passes as it is."""
+
+    def __init__(self, form: Form, send: Send) -> None:
+        self._form = form
+        self._send = send
+        self._passes = False
+        self._received = bytearray()  # what is not translated yet
+        self._outputs: Outputs | None = None
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._passes = message["status"] != 200
+            await self._send(message if self._passes else self._start(message))
+        elif message["type"] != "http.response.body" or self._passes:
+            await self._send(message)
+        else:
+            self._received += message.get("body", b"")
+            more = message.get("more_body", False)
+            translated = self._events() if self._form.stream else self._whole(more)
+            await self._send({**message, "body": translated})
+
+    def _start(self, message: Message) -> Message:
+        self._outputs = self._form.outputs()  # not before the application has accepted their number
+        kind = self._form.media_type if self._form.stream else b"application/json"
+        return {**message, "headers": _replaced(message.get("headers", ()), kind)}
+
+    def _whole(self, more: bool) -> bytes:
+        assert self._outputs is not None
+        answer = None if more else msgspec.json.decode(self._received)
+        if answer is None:  # or vLLM's last word to a client that went away
+            return b""
+        self._outputs.extend(answer)
+        return msgspec.json.encode(self._form.whole(self._outputs))
+
+    def _events(self) -> bytes:
+        *events, rest = bytes(self._received).split(b"\n\n")
+        self._received = bytearray(rest)
+        return b"".join(self._event(event) for event in events)
+
+    def _event(self, event: bytes) -> bytes:
+        assert self._outputs is not None
+        if not event.startswith(b"data: "):
+            return b""  # a comment that keeps the connection alive
+        data = event.removeprefix(b"data: ")
+        if data == b"[DONE]":
+            return self._form.stream_end
+        answer: dict[str, Any] = msgspec.json.decode(data)
+        if "error" in answer:
+            return self._form.trouble(answer["error"])
+        changed = self._outputs.extend(answer)
+        return b"".join(self._form.piece(self._outputs, index) for index in changed)
+
+
+def _is_generate(scope: Scope) -> bool:
+    return bool(
+        scope["type"] == "http"
+        and scope["method"] == "POST"
+        and scope["path"].removeprefix(scope.get("root_path", "")) == PATH
+    )
+
+
+def _completions_scope(scope: Scope, body: bytes) -> Scope:
+    path = scope.get("root_path", "") + COMPLETIONS_PATH
+    headers = _replaced(scope["headers"], b"application/json")
+    headers.append((b"content-length", str(len(body)).encode()))
+    return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
+
+
+def _replaced(headers: Any, content_type: bytes) -> Headers:
+    """Headers for another body: those about the old one are left out."""
+    others = [(name, value) for name, value in headers if name.lower() not in _OWN_HEADERS]
+    return [*others, (b"content-type", content_type)]
+
+
+async def _read(receive: Receive) -> bytes | None:
+    """The body, or a little more than MAX_BODY of a larger one; None if the client went away."""
+    body = bytearray()
+    more = True
+    while more and len(body) <= MAX_BODY:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return bytes(body)
+
+
+def _first(body: bytes, receive: Receive) -> Receive:
+    """A request of `body`; afterwards whatever comes, which is the client's leaving."""
+    is_sent = False
+
+    async def next_message() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            return await receive()
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return next_message
