@@ -1,8 +1,7 @@
 """A link: frames between two agents over one bidirectional gRPC stream.
 
-The gRPC service has three methods and no generated code: `Enroll` (see node.enrolment), `Status`
-and `Link`.
-Every message of `Link` is one or more whole frames.
+The gRPC service has four methods and no generated code: `Enroll` (see node.enrolment), `Status`,
+`Tunnel` (see transport.tunnel) and `Link`. Every message of `Link` is one or more whole frames.
 """
 
 import asyncio
@@ -20,6 +19,7 @@ from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Priority
 LINK_METHOD = "/molink.Agent/Link"
 ENROLL_METHOD = "/molink.Agent/Enroll"
 STATUS_METHOD = "/molink.Agent/Status"
+TUNNEL_METHOD = "/molink.Agent/Tunnel"
 MAX_GRPC_MESSAGE = 2 * (MAX_PAYLOAD + HEADER_SIZE)
 
 KEEPALIVE_S = 2.0

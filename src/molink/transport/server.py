@@ -17,12 +17,20 @@ from molink.transport.credentials import (
     peer_certificate,
 )
 from molink.transport.identity import NodeIdentity, PeerIdentity, peer_identity
-from molink.transport.link import CHANNEL_OPTIONS, ENROLL_METHOD, LINK_METHOD, STATUS_METHOD, Link
+from molink.transport.link import (
+    CHANNEL_OPTIONS,
+    ENROLL_METHOD,
+    LINK_METHOD,
+    STATUS_METHOD,
+    TUNNEL_METHOD,
+    Link,
+)
 from molink.transport.token import JoinToken
 
 SERVICE = "molink.Agent"
 MAX_ENROLL_REQUEST = 16 * 1024  # bytes
 HANDSHAKE_TIMEOUT_S = 5.0  # a connection that says nothing holds a file descriptor until then
+MAX_BACKOFF_MS = 2000  # a head that is back is found this soon
 
 
 class Accepted(NamedTuple):
@@ -36,6 +44,8 @@ class Accepted(NamedTuple):
 AcceptHandler = Callable[[Accepted], Awaitable[None]]
 EnrollHandler = Callable[[bytes, bytes], bytes]
 """(the caller's certificate, its request) -> reply; MolinkError refuses."""
+TunnelHandler = Callable[[Any], Awaitable[None]]
+"""Carries bytes over a stream until it is over; LinkError breaks it off."""
 
 
 class LinkServer:
@@ -46,6 +56,7 @@ class LinkServer:
         accept: runs one link until it ends; never cancelled, its link ends with LinkError instead.
         enroll: None where nobody can enrol.
         status: what any node of the cluster may read.
+        tunnel: what any node of the cluster may connect to.
     """
 
     def __init__(
@@ -54,8 +65,10 @@ class LinkServer:
         accept: AcceptHandler,
         enroll: EnrollHandler | None = None,
         status: Callable[[], bytes] | None = None,
+        tunnel: TunnelHandler | None = None,
     ) -> None:
         self._status = status
+        self._tunnel = tunnel
         self._authority = authority
         self._accept = accept
         self._enroll = enroll
@@ -80,6 +93,8 @@ class LinkServer:
             handlers["Enroll"] = grpc.unary_unary_rpc_method_handler(self._enroll_call)
         if self._status is not None:
             handlers["Status"] = grpc.unary_unary_rpc_method_handler(self._status_call)
+        if self._tunnel is not None:
+            handlers["Tunnel"] = grpc.stream_stream_rpc_method_handler(self._tunnel_call)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
@@ -113,6 +128,14 @@ class LinkServer:
         await self._identify(context)
         assert self._status is not None
         return self._status()
+
+    async def _tunnel_call(self, _: Any, context: Any) -> None:
+        await self._identify(context)
+        assert self._tunnel is not None
+        try:
+            await self._tunnel(context)
+        except LinkError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
     async def _link(self, _: Any, context: Any) -> None:
         identity = await self._identify(context)
@@ -179,6 +202,26 @@ async def fetch_status(address: str, identity: NodeIdentity, timeout_s: float) -
         LinkError: the head cannot be reached or is another cluster's; says why.
     """
     return await _call(STATUS_METHOD, address, identity, b"", timeout_s)
+
+
+class TunnelChannel:
+    """A node's connection to the head at HOST:PORT for tunnels alone; made when first needed."""
+
+    def __init__(self, address: str, identity: NodeIdentity) -> None:
+        options = [
+            *CHANNEL_OPTIONS,
+            expect_node(HEAD),
+            ("grpc.max_reconnect_backoff_ms", MAX_BACKOFF_MS),
+        ]
+        credentials = channel_credentials(identity)
+        self._channel = grpc.aio.secure_channel(address, credentials, options=options)
+
+    def open_stream(self) -> Any:
+        """Begin a tunnel: gRPC's call object, which fails by itself if the head is not there."""
+        return self._channel.stream_stream(TUNNEL_METHOD)()
+
+    async def close(self) -> None:
+        await self._channel.close()
 
 
 async def _call(
