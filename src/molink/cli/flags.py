@@ -35,7 +35,7 @@ def check_addresses(addresses: dict[str, str | None]) -> None:
 def check_flags(flags: list[str]) -> None:
     """Refuse flags that contradict a pipeline. Raises UsageError naming the flag."""
     for flag in flags:
-        name = _name(flag)
+        name = name_of(flag)
         if name in _OURS:
             raise UsageError(f"{name} cannot be given: {_OURS[name]}")
     if flags and not flags[0].startswith("-"):
@@ -46,10 +46,20 @@ def value_of(flags: list[str], *names: str) -> str | None:
     """The last value of a flag, in either spelling (`--name V`, `--name=V`, underscores)."""
     found = None
     for index, flag in enumerate(flags):
-        if _name(flag) in names:
+        if name_of(flag) in names:
             _, equals, value = flag.partition("=")
             found = value if equals else next(iter(flags[index + 1 : index + 2]), None)
     return found
+
+
+def pinned(flags: list[str], commit: str | None) -> list[str]:
+    """Flags after the user's own with which all machines load the model's same commit."""
+    if commit is None:
+        return []
+    own = [f"--revision={commit}"]
+    if value_of(flags, "--tokenizer") and not value_of(flags, "--tokenizer-revision"):
+        own.append("--tokenizer-revision=main")  # vLLM would ask its repository for the model's
+    return own
 
 
 def check_device(device: str) -> None:
@@ -81,6 +91,7 @@ def stage_settings(model: str, flags: list[str], *, send: bool) -> StageSettings
     return StageSettings(model, int(size), tuple(flags) if send else ())
 
 
-def _name(flag: str) -> str:
+def name_of(flag: str) -> str:
+    """A flag without its value, in vLLM's spelling: dashes, no underscores."""
     name = flag.partition("=")[0]
     return name.replace("_", "-") if name.startswith("--") else name

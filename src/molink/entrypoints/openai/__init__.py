@@ -1,0 +1,1 @@
+"""Where earlier versions had their OpenAI-compatible server."""
