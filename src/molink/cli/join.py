@@ -11,6 +11,7 @@ from typing import IO, Annotated
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
+from molink.cli.download import DownloadDisplay
 from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.core.plan import LayerRange
@@ -122,6 +123,7 @@ async def _join(
             run_folder,
             lambda gone: StageHost(node, run_folder, logs, gone),
             say,
+            DownloadDisplay(),
         )
         on_signal(lambda: agent.end("stopped"))
         say(f"logs are in {logs}")

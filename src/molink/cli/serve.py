@@ -14,7 +14,15 @@ import psutil
 import typer
 
 from molink.cli.console import fail, own_versions, run_until_signal, say
-from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings, value_of
+from molink.cli.download import DownloadDisplay
+from molink.cli.flags import (
+    check_addresses,
+    check_device,
+    check_flags,
+    pinned,
+    stage_settings,
+    value_of,
+)
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.model_files import check_name, read_model
 from molink.cluster.state import ClusterState
@@ -102,7 +110,7 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(model, host, port, tuple(flags)),
+                EngineSettings(model, host, port, (*flags, *pinned(flags, facts.revision))),
                 _settings(model, host, port, listen, advertise, layers, name, flags),
                 nodes,
                 token_file,
@@ -177,6 +185,7 @@ async def _serve(
             lambda gone: StageHost(HEAD, run_folder, logs, gone),
             lambda gone: EngineHost(engine, run_folder, logs, gone),
             say,
+            DownloadDisplay(),
         )
         on_signal(lambda: agent.end("stopped"))
         port = await agent.listen()

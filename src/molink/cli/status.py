@@ -101,9 +101,8 @@ def _show(view: ClusterView) -> None:
     nodes = Table("node", "status", "role", "device", "free GiB", "trouble", title="nodes")
     for node in view.nodes:
         free = "" if node.free_bytes is None else f"{node.free_bytes / (1 << 30):.1f}"
-        nodes.add_row(
-            node.name, node.status, node.role or "", node.device or "", free, node.trouble
-        )
+        status = f"downloads {node.download}" if node.download else node.status
+        nodes.add_row(node.name, status, node.role or "", node.device or "", free, node.trouble)
     console.print(nodes)
     stages = Table("stage", "node", "layers", "steps", "compute s", "waiting s", title="stages")
     for stage in view.stages:

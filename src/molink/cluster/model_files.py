@@ -1,50 +1,82 @@
 """Reads what the cluster must know of a model from its files, without loading it.
 
 Only `config.json` and the JSON headers of the safetensors files are read, so this costs
-milliseconds for a model of any size.
-Format: https://huggingface.co/docs/safetensors (8 bytes header length, little-endian, then JSON).
+milliseconds for a model of any size in a local folder, and a few requests for one on the hub.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from molink.cluster import hub
+from molink.cluster.checkpoint import INDEX, layer_of, read_header, read_index, read_json
 from molink.core.errors import UsageError
 from molink.core.model import ModelFacts
-
-MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _VOLATILE = ("_name_or_path", "transformers_version")  # differ between equal models
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.")
-_OTHER_TOWERS = re.compile(r"(?:^|[._])(?:vision|visual|audio)(?:[._]|$)")
 _NUM_LAYERS_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _HIDDEN_SIZE_KEYS = ("hidden_size", "n_embd", "d_model")
 
 _DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model's configuration, and where it lies."""
+
+    name: str  # a folder or a hub id
+    folder: Path
+    config: dict[str, Any]
+    revision: str | None  # commit on the hub; None for a plain folder
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The numbers of the language model, which other towers' may surround."""
+        text = self.config.get("text_config")
+        return {**self.config, **text} if isinstance(text, dict) else self.config
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output head may be the embedding: only a plain no is one."""
+        said = [c.get("tie_word_embeddings") for c in (self.config, self.text_config)]
+        return True in said or False not in said
+
+
+def find_model(name: str, revision: str | None = None) -> FoundModel:
+    """Find a model in a local folder or, by its id, on the hub (or in the hub's local cache).
+
+    Raises:
+        UsageError: no such model, or its configuration cannot be read.
+    """
+    folder = _find(name, revision)
+    config = read_json(folder / "config.json")
+    is_commit = _COMMIT.fullmatch(folder.name) is not None
+    return FoundModel(name, folder, config, folder.name if is_commit else revision)
+
+
 def read_model(name: str, revision: str | None = None) -> ModelFacts:
-    """Facts of a model in a local folder or, by its id, on the hub (or in the hub's local cache).
+    """Facts of a model that `find_model` finds.
 
     Sizes come from the safetensors headers; where there are none, from the configuration's numbers.
 
     Raises:
         UsageError: no such model, or files that are damaged or describe no model with layers.
     """
-    folder = _find(name, revision)
-    config = _read_config(folder / "config.json")
-    text_config = config.get("text_config")
-    text = {**config, **text_config} if isinstance(text_config, dict) else config
-    num_layers = _number(text, _NUM_LAYERS_KEYS, folder)
-    hidden_size = _number(text, _HIDDEN_SIZE_KEYS, folder)
-    sizes = _tensor_sizes(folder)
-    in_layers = sum(size for tensor, size in sizes.items() if _is_layer(tensor, num_layers))
+    model = find_model(name, revision)
+    text = model.text_config
+    num_layers = _number(text, _NUM_LAYERS_KEYS, model.folder)
+    hidden_size = _number(text, _HIDDEN_SIZE_KEYS, model.folder)
+    sizes = _tensor_sizes(model.folder)
+    if not sizes and not Path(name).expanduser().exists():
+        sizes = hub.tensor_sizes(name, model.revision)
+    layers = {tensor: layer_of(tensor, num_layers) for tensor in sizes}
+    in_layers = sum(size for tensor, size in sizes.items() if layers[tensor] is not None)
     if in_layers:
         layer_bytes, edge_bytes = in_layers // num_layers, sum(sizes.values()) - in_layers
     else:
@@ -53,8 +85,8 @@ def read_model(name: str, revision: str | None = None) -> ModelFacts:
         name=name,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        config_hash=config_hash(config),
-        revision=folder.name if _COMMIT.fullmatch(folder.name) else revision,
+        config_hash=config_hash(model.config),
+        revision=model.revision,
         layer_bytes=layer_bytes,
         edge_bytes=edge_bytes,
     )
@@ -93,7 +125,13 @@ def _find(name: str, revision: str | None) -> Path:
     if folder.exists():
         raise _no_folder(folder)
     check_name(name)
-    return _find_on_hub(name, revision)
+    try:
+        return hub.fetch_config(name, revision).parent
+    except UsageError as error:
+        raise UsageError(
+            f"{name} is neither a folder on this machine nor a model the hub gives ({error}): "
+            "give its folder (on a node that joins, with --model PATH)"
+        ) from error
 
 
 def _no_folder(folder: Path) -> UsageError:
@@ -101,31 +139,6 @@ def _no_folder(folder: Path) -> UsageError:
         f"there is no model folder {folder} on this machine: give the folder that holds its "
         "config.json (on a node that joins, with --model PATH)"
     )
-
-
-def _find_on_hub(name: str, revision: str | None) -> Path:
-    # Comes with vLLM and is slow to import: a local folder does without.
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, "config.json", revision=revision)).parent
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UsageError(
-            f"{name} is neither a folder on this machine nor a model the hub gives ({reason}): "
-            "give its folder (on a node that joins, with --model PATH)"
-        ) from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} is not a model's configuration: it holds no JSON object")
-    return config
 
 
 def _number(config: dict[str, Any], keys: Iterable[str], folder: Path) -> int:
@@ -139,61 +152,22 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
-def _is_layer(tensor: str, num_layers: int) -> bool:
-    """Whether a tensor belongs to a decoder layer; those past the last one are draft layers."""
-    match = _LAYER.search(tensor)
-    if match is None or _OTHER_TOWERS.search(tensor):
-        return False
-    return int(match[1]) < num_layers
-
-
 def _tensor_sizes(folder: Path) -> dict[str, int]:
     """Bytes of every tensor in the folder's safetensors files; empty where there are none."""
     sizes: dict[str, int] = {}
     for path in _weight_files(folder):
-        sizes |= _read_header(path)
+        sizes |= read_header(path)
     return sizes
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files vLLM would load. A hub's cache may hold some of a model only: then none."""
-    index = folder / "model.safetensors.index.json"
+    """The files that hold the whole model. A hub's cache may hold some of it only: then none."""
+    index = folder / INDEX
     if not index.is_file():
         single = folder / "model.safetensors"
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    names = _read_config(index).get("weight_map")
-    if not isinstance(names, dict) or not all(_is_file_name(name) for name in names.values()):
-        raise UsageError(f"{index} is damaged: its weight_map does not name files of this folder")
-    files = [folder / name for name in sorted(set(names.values()))]
+    files = [folder / name for name in sorted(set(read_index(index).values()))]
     return files if all(file.is_file() for file in files) else []
-
-
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name not in ("", "..") and Path(name).name == name
-
-
-def _read_header(path: Path) -> dict[str, int]:
-    """Bytes of each tensor of one file. Reads no more than the header, within its bound."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            data_bytes = path.stat().st_size - 8 - length
-            if not 0 < length <= MAX_HEADER_BYTES or data_bytes < 0:
-                raise UsageError(f"{path} is damaged or incomplete: its header says {length} bytes")
-            header = json.loads(file.read(length))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    try:
-        spans = {
-            name: tuple(tensor["data_offsets"])
-            for name, tensor in header.items()
-            if name != "__metadata__"
-        }
-        if not all(0 <= start <= end <= data_bytes for start, end in spans.values()):
-            raise ValueError("a tensor lies outside the file")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path} is damaged or incomplete: {error}") from error
-    return {name: int(end - start) for name, (start, end) in spans.items()}
 
 
 def _estimate(config: dict[str, Any], hidden: int) -> tuple[int, int]:

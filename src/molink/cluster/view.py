@@ -6,7 +6,7 @@ import msgspec
 
 from molink.cluster.state import ClusterState, NodeRecord
 from molink.core.ids import NodeId
-from molink.wire.to_agent import StageCounters
+from molink.wire.to_agent import Downloading, StageCounters
 from molink.wire.to_head import LinkCounters, NodeReport
 
 
@@ -19,6 +19,7 @@ class NodeView(msgspec.Struct, frozen=True):
     free_bytes: int | None  # when it was measured, before it loaded anything
     address: str | None
     trouble: str
+    download: Downloading | None = None
 
 
 class StageView(msgspec.Struct, frozen=True):
@@ -68,7 +69,7 @@ def make_view(
         serving=serving,
         epoch=state.last_epoch,
         steps_in_flight=steps_in_flight,
-        nodes=[_node_view(state, node) for node in state.nodes],
+        nodes=[_node_view(state, node, reports.get(node.id)) for node in state.nodes],
         stages=[
             StageView(
                 index,
@@ -88,7 +89,7 @@ def make_view(
     )
 
 
-def _node_view(state: ClusterState, node: NodeRecord) -> NodeView:
+def _node_view(state: ClusterState, node: NodeRecord, report: NodeReport | None) -> NodeView:
     role = state.role(node.id)
     resources = node.resources
     return NodeView(
@@ -100,6 +101,7 @@ def _node_view(state: ClusterState, node: NodeRecord) -> NodeView:
         free_bytes=resources.free_bytes if resources else None,
         address=node.address,
         trouble=node.trouble,
+        download=report.download if report else None,
     )
 
 

@@ -17,6 +17,8 @@ _DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # vLLM would bind every stage of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # Stages may download for hours before they load.
+    "VLLM_ENGINE_READY_TIMEOUT_S": str(7 * 24 * 3600),
     # Processes of ours talk to nobody but their agent.
     "VLLM_NO_USAGE_STATS": "1",
 }

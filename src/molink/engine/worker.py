@@ -1,5 +1,6 @@
 """One rank of one stage: vLLM's own worker, with a pipeline group of ours."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-from molink.core.plan import LayerRange
 from molink.engine import compat
 from molink.engine.activations import Emit, sender_for
 from molink.engine.config import stage_config
@@ -22,7 +22,7 @@ from molink.wire.to_stage import LoadStage
 class StageOptions:
     """What this node knows of its own stage."""
 
-    model: str  # folder or hub id on this node
+    find_model: Callable[[LoadStage], str]  # folder or hub id; brings the files of the layers
     rank: int
     tensor_parallel_size: int
     node_flags: list[str]  # the node's own vLLM engine flags
@@ -36,14 +36,14 @@ class StageWorker:
         set_partition(load.partition)
         config = stage_config(
             load,
-            model=options.model,
+            model=options.find_model(load),
             node_flags=options.node_flags,
             tensor_parallel_size=options.tensor_parallel_size,
         )
         index = load.stage_index
         self.nodes = load.nodes
         self.index = index
-        self.layers = LayerRange(sum(load.partition[:index]), sum(load.partition[: index + 1]))
+        self.layers = load.layers
         self.group = StageGroup(
             index, len(load.partition), sender_for(current_platform.device_type, emit)
         )

@@ -1,13 +1,17 @@
 """Process of one rank of a stage; started by the node's agent."""
 
 import argparse
+import fcntl
 import logging
 import os
+import sys
 from pathlib import Path
 
-from molink.core.errors import LinkError
+from molink.core.errors import LinkError, UsageError
 from molink.core.ids import Address, NodeId, Port
 from molink.engine.environment import die_with_parent, export, prepare_environment
+from molink.node.download import StageFiles, Tell
+from molink.node.processes import EXIT_USAGE
 
 
 def main() -> None:
@@ -25,12 +29,30 @@ def main() -> None:
     from molink.transport.local import LocalSocket
     from molink.wire import to_agent
     from molink.wire.frames import Kind
+    from molink.wire.to_stage import LoadStage
 
-    engine_parser("molink join").parse_args([f"--model={options.model}", *options.flags])
+    parser = engine_parser("molink join")
+    parser.parse_args([f"--model={options.model}", *options.flags])
     agent = Address(NodeId(options.node), Port.AGENT)
     socket = LocalSocket(options.socket, Address(NodeId(options.node), Port.STAGE), options.rank)
+
+    def find_model(load: LoadStage) -> str:
+        flags = parser.parse_args([f"--model={options.model}", *load.engine_flags, *options.flags])
+        files = StageFiles(
+            model=options.model,
+            revision=flags.revision,
+            layers=load.layers,
+            num_layers=sum(load.partition),
+            load_format=str(flags.load_format),
+            with_code=flags.trust_remote_code,
+            cache=Path(flags.download_dir) if flags.download_dir else None,
+            run_folder=options.run_folder,
+        )
+        tell = lambda message: socket.send(Kind.CONTROL, agent, [to_agent.encode(message)])  # noqa: E731
+        return _bring(files, tell)
+
     settings = StageOptions(
-        model=options.model,
+        find_model=find_model,
         rank=options.rank,
         tensor_parallel_size=options.tensor_parallel_size,
         node_flags=options.flags,
@@ -41,6 +63,18 @@ def main() -> None:
         StageLoop(socket, build_codec(), settings).run()
     except LinkError:
         os._exit(0)  # the agent is gone, and with it every reason to run
+
+
+def _bring(files: StageFiles, tell: Tell) -> str:
+    """Have the stage's files here, one rank after the other; without them its node must end."""
+    with (files.run_folder / "files.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            return files.bring(tell)
+        except UsageError as error:
+            sys.stderr.write(f"{error}\n")
+            sys.stderr.flush()
+            os._exit(EXIT_USAGE)
 
 
 def _parser() -> argparse.ArgumentParser:

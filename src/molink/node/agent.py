@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from molink.transport.local_server import LocalPeer
 from molink.transport.server import Dialled, dial
 from molink.wire import to_agent
 from molink.wire.frames import FrameHeader, Kind, Priority, cut
-from molink.wire.to_agent import StageCounters
+from molink.wire.to_agent import Downloading, Notice, StageCounters, StageUp
 from molink.wire.to_head import LinkCounters
 
 logger = logging.getLogger("molink.agent")
@@ -30,13 +30,26 @@ class Agent:
     """The machine's switch. Subclasses say what control messages mean on the head and elsewhere.
 
     Owns the links, the local server and the counters of the node's stage.
+
+    Args:
+        say: shows a line to the person in front of the node.
+        show_download: shows how far the stage's download is; None: there is none any more.
     """
 
-    def __init__(self, node: NodeId, run_folder: RunFolder) -> None:
+    def __init__(
+        self,
+        node: NodeId,
+        run_folder: RunFolder,
+        say: Callable[[str], None],
+        show_download: Callable[[Downloading | None], None],
+    ) -> None:
         self.node = node
         self.run_folder = run_folder
         self.switch = Switch(node, self._control)
+        self.say = say
         self.stage_counters: dict[int, StageCounters] = {}
+        self.download: Downloading | None = None
+        self._show_download = show_download
         self._failed_stages = 0
         self._local_server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,6 +92,7 @@ class Agent:
         )
 
     def close_local(self) -> None:
+        self._downloads(None)
         if self._local_server is not None:
             self._local_server.close()
         for peers in self.switch.local.values():
@@ -163,13 +177,27 @@ class Agent:
 
     def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
         """Handle a message of one of the node's own processes."""
-        if isinstance(message, StageCounters):
-            self.stage_counters[header.rank] = message
-            if message.steps:
-                self._failed_stages = 0
+        match message:
+            case StageCounters():
+                self.stage_counters[header.rank] = message
+                if message.steps:
+                    self._failed_stages = 0
+            case StageUp():  # another process, which downloads nothing yet
+                self._downloads(None)
+            case Downloading():
+                self._downloads(None if message.is_done else message)
+            case Notice(text=text):
+                self.say(text)
+            case _:
+                pass
+
+    def _downloads(self, download: Downloading | None) -> None:
+        self.download = download
+        self._show_download(download)
 
     def may_restart_stage(self, reason: MolinkError) -> bool:
         """Whether another process for a stage that ended might do better; if not, `run` raises."""
+        self._downloads(None)
         self._failed_stages += 1
         if isinstance(reason, UsageError):
             self.fail(reason)

@@ -32,6 +32,7 @@ from molink.wire import to_agent, to_engine, to_head
 from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
     Attach,
+    Downloading,
     EngineFailed,
     EngineState,
     Notice,
@@ -72,13 +73,13 @@ class HeadAgent(Agent):
         stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
         engine_host: Callable[[Callable[[str], None]], EngineHost],
         say: Callable[[str], None],
+        show_download: Callable[[Downloading | None], None],
     ) -> None:
-        super().__init__(HEAD, run_folder)
+        super().__init__(HEAD, run_folder, say, show_download)
         self._coordinator = coordinator
         self._authority = authority
         self._identity = identity
         self._settings = settings
-        self.say = say
         self._deployment = Deployment(coordinator, self, settings.http)
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
@@ -277,7 +278,14 @@ class HeadAgent(Agent):
             case to_head.LinkLost(node=other, reason=reason):
                 self._link_lost(node, NodeId(other), reason)
             case to_head.NodeReport() as report:
-                self._reports[node] = report
+                self._reported(node, report)
+
+    def _reported(self, node: NodeId, report: to_head.NodeReport) -> None:
+        before = self._reports.get(node)
+        if report.download and not (before and before.download):
+            name = self._coordinator.state.node(node).name
+            self.say(f"{name} downloads {report.download}")
+        self._reports[node] = report
 
     def _model_checked(self, node: NodeId, model: HeldModel) -> None:
         record = self._coordinator.state.node(node)
@@ -372,7 +380,9 @@ class HeadAgent(Agent):
 
     def _own_report(self) -> to_head.NodeReport:
         return to_head.NodeReport(
-            self.stage_counters.get(0, to_agent.StageCounters()), self.link_counters()
+            self.stage_counters.get(0, to_agent.StageCounters()),
+            self.link_counters(),
+            self.download,
         )
 
     async def _publish_views(self) -> None:

@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from molink.cluster.model_files import read_model
+from molink.cluster.model_files import FoundModel, config_hash, find_model
 from molink.core.cluster import Versions
 from molink.core.errors import AdmissionError, LinkError, MolinkError, UsageError, WireError
 from molink.core.ids import HEAD, NodeId, Port
-from molink.core.model import ModelFacts
 from molink.node.agent import Agent
 from molink.node.home import RunFolder
 from molink.node.stage_host import StageHost, StageSettings
@@ -19,6 +18,7 @@ from molink.wire import to_agent, to_head
 from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
     Dial,
+    Downloading,
     Notice,
     Ping,
     Pong,
@@ -59,13 +59,13 @@ class MemberAgent(Agent):
         run_folder: RunFolder,
         stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
         say: Callable[[str], None],
+        show_download: Callable[[Downloading | None], None],
     ) -> None:
-        super().__init__(identity.verify().node, run_folder)
+        super().__init__(identity.verify().node, run_folder, say, show_download)
         self._identity = identity
         self._settings = settings
-        self._say = say
         self._stage = stage_host(self._stage_gone)
-        self._model: ModelFacts | None = None
+        self._model: FoundModel | None = None
         self._server = LinkServer(lambda: identity.authority_pem, self._accept)
         self._listen_port = 0
 
@@ -103,7 +103,7 @@ class MemberAgent(Agent):
             try:
                 dialled = await dial(self._settings.head, self._identity, HEAD, HEAD_DIAL_TIMEOUT_S)
             except LinkError as error:
-                self._say(f"{error}; trying again")
+                self.say(f"{error}; trying again")
                 await asyncio.sleep(RETRY_S)
                 continue
             try:
@@ -118,7 +118,7 @@ class MemberAgent(Agent):
                 raise AdmissionError(f"the head's messages cannot be read: {error}") from error
             await dialled.channel.close()
             if not self._ending.done():
-                self._say(f"lost the head: {reason}; trying again")
+                self.say(f"lost the head: {reason}; trying again")
                 await self._stage.stop()
                 await asyncio.sleep(RETRY_S)
 
@@ -142,7 +142,7 @@ class MemberAgent(Agent):
         while True:
             await asyncio.sleep(REPORT_INTERVAL_S)
             if HEAD in self.switch.links and (stage := self.stage_counters.get(0)):
-                self.tell_head(to_head.NodeReport(stage, self.link_counters()))
+                self.tell_head(to_head.NodeReport(stage, self.link_counters(), self.download))
 
     async def _accept(self, accepted: Accepted) -> None:
         try:
@@ -177,11 +177,11 @@ class MemberAgent(Agent):
             case Refused(reason=reason):
                 self.fail(AdmissionError(reason))
             case Notice(text=text):
-                self._say(text)
+                self.say(text)
             case Dial() as order:
                 self.spawn(self._dial(order))
             case StageAssigned() as stage:
-                self._say(
+                self.say(
                     f"computes layers {stage.start}:{stage.end}, "
                     f"stage {stage.stage_index + 1} of {stage.num_stages}"
                 )
@@ -194,13 +194,13 @@ class MemberAgent(Agent):
         """Check that this machine holds the head's model, then start the stage."""
         path = self._settings.model or welcome.model
         try:
-            model = await asyncio.to_thread(read_model, path, welcome.revision)
+            model = await asyncio.to_thread(find_model, path, welcome.revision)
         except UsageError as error:
             self.fail(error)
             return
         self._model = model
-        self._say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
-        self.tell_head(to_head.ModelChecked(model.config_hash, model.revision))
+        self.say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
+        self.tell_head(to_head.ModelChecked(config_hash(model.config), model.revision))
         await self._restart_stage()
 
     async def _restart_stage(self) -> None:
@@ -210,7 +210,7 @@ class MemberAgent(Agent):
     def _stage_gone(self, reason: MolinkError) -> None:
         if not self.may_restart_stage(reason):
             return
-        self._say(f"the stage's process is gone ({reason}); starting another")
+        self.say(f"the stage's process is gone ({reason}); starting another")
         self.tell_head(to_head.StageGone(str(reason)))
         self.spawn(self._restart_stage())
 

@@ -7,6 +7,8 @@ import msgspec
 from molink.wire import structs
 from molink.wire.structs import Seconds
 
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
 # From the node's own processes
 
 
@@ -30,6 +32,23 @@ class StageCounters(msgspec.Struct, tag=True):
     steps: int = 0
     compute_s: Seconds = 0.0
     waiting_s: Seconds = 0.0  # for input or for work
+
+
+class Downloading(msgspec.Struct, frozen=True, tag=True):
+    """A stage downloads the files that hold its layers; all but the last say that it goes on."""
+
+    file: Annotated[str, msgspec.Meta(max_length=300)]
+    bytes_done: Bytes  # of all the files it lacked
+    bytes_total: Bytes
+
+    @property
+    def is_done(self) -> bool:
+        return self.bytes_done >= self.bytes_total
+
+    def __str__(self) -> str:
+        """Done and total, for example «3.1/8.4 GB»."""
+        unit, size = ("GB", 1e9) if self.bytes_total >= 1e9 else ("MB", 1e6)
+        return f"{self.bytes_done / size:.1f}/{self.bytes_total / size:.1f} {unit}"
 
 
 class EngineState(msgspec.Struct, frozen=True, tag=True):
@@ -66,7 +85,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Notice(msgspec.Struct, frozen=True, tag=True):
-    """A line for the person in front of the node."""
+    """A line for the person in front of the node; from its own stage too."""
 
     text: str
 
@@ -111,6 +130,7 @@ ToAgent = (
     Attach
     | StageUp
     | StageCounters
+    | Downloading
     | EngineState
     | EngineFailed
     | Welcome

@@ -6,7 +6,7 @@ import msgspec
 
 from molink.wire import structs
 from molink.wire.structs import Seconds
-from molink.wire.to_agent import Ping, Pong, StageCounters, StageUp
+from molink.wire.to_agent import Downloading, Ping, Pong, StageCounters, StageUp
 
 MAX_RANKS = 256  # of a stage: a frame's header has one byte for it
 
@@ -83,6 +83,7 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
 
     stage: StageCounters
     links: list[LinkCounters]
+    download: Downloading | None = None  # while its stage downloads
 
 
 ToHead = (

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from molink.core.plan import LayerRange
+
 WORKER_CALLS = frozenset(
     {
         "add_lora",
@@ -61,3 +63,9 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
     partition: list[int]  # layers of every stage, in order
     engine_flags: list[str]  # the user's vLLM engine flags, as typed on the head
     resolved: Resolved
+
+    @property
+    def layers(self) -> LayerRange:
+        """Those of this stage."""
+        start = sum(self.partition[: self.stage_index])
+        return LayerRange(start, start + self.partition[self.stage_index])

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molink.cluster.model_files import MAX_HEADER_BYTES, config_hash, read_model
+from molink.cluster.checkpoint import MAX_HEADER_BYTES
+from molink.cluster.model_files import config_hash, read_model
 from molink.core.errors import UsageError
 
 CONFIG = {
