@@ -8,13 +8,25 @@ from typing import Any
 
 import msgspec
 
-from molink.gateway.asgi import Application, Headers, Message, Receive, Scope, Send, respond_error
+from molink.gateway.asgi import (
+    MAX_BODY,
+    Application,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    headers_for,
+    is_post,
+    read_body,
+    refuse_large,
+    replay,
+    request_with,
+    respond_error,
+)
 from molink.gateway.generate_forms import Form, FormError, Outputs, read_form
 
 PATH = "/generate"
 COMPLETIONS_PATH = "/v1/completions"
-MAX_BODY = 32 * 1024 * 1024  # bytes
-_OWN_HEADERS = (b"content-length", b"content-type", b"transfer-encoding")
 
 
 class GenerateMiddleware:
@@ -24,15 +36,14 @@ class GenerateMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not _is_generate(scope):
+        if not is_post(scope, PATH):
             await self._app(scope, receive, send)
             return
-        body = await _read(receive)
+        body = await read_body(receive)
         if body is None:
             return
         if len(body) > MAX_BODY:
-            message = f"the body is larger than {MAX_BODY} bytes"
-            await respond_error(send, 413, "RequestEntityTooLargeError", message)
+            await refuse_large(send)
             return
         try:
             form = read_form(body)
@@ -41,8 +52,8 @@ class GenerateMiddleware:
             return
         completion = msgspec.json.encode(form.completion())
         await self._app(
-            _completions_scope(scope, completion),
-            _first(completion, receive),
+            request_with(scope, COMPLETIONS_PATH, completion),
+            replay(completion, receive),
             _Translation(form, send).send,
         )
 
@@ -72,7 +83,7 @@ class _Translation:
     def _start(self, message: Message) -> Message:
         self._outputs = self._form.outputs()  # not before the application has accepted their number
         kind = self._form.media_type if self._form.stream else b"application/json"
-        return {**message, "headers": _replaced(message.get("headers", ()), kind)}
+        return {**message, "headers": headers_for(message.get("headers", ()), kind)}
 
     def _whole(self, more: bool) -> bytes:
         assert self._outputs is not None
@@ -99,51 +110,3 @@ class _Translation:
             return self._form.trouble(answer["error"])
         changed = self._outputs.extend(answer)
         return b"".join(self._form.piece(self._outputs, index) for index in changed)
-
-
-def _is_generate(scope: Scope) -> bool:
-    return bool(
-        scope["type"] == "http"
-        and scope["method"] == "POST"
-        and scope["path"].removeprefix(scope.get("root_path", "")) == PATH
-    )
-
-
-def _completions_scope(scope: Scope, body: bytes) -> Scope:
-    path = scope.get("root_path", "") + COMPLETIONS_PATH
-    headers = _replaced(scope["headers"], b"application/json")
-    headers.append((b"content-length", str(len(body)).encode()))
-    return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
-
-
-def _replaced(headers: Any, content_type: bytes) -> Headers:
-    """Headers for another body: those about the old one are left out."""
-    others = [(name, value) for name, value in headers if name.lower() not in _OWN_HEADERS]
-    return [*others, (b"content-type", content_type)]
-
-
-async def _read(receive: Receive) -> bytes | None:
-    """The body, or a little more than MAX_BODY of a larger one; None if the client went away."""
-    body = bytearray()
-    more = True
-    while more and len(body) <= MAX_BODY:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return bytes(body)
-
-
-def _first(body: bytes, receive: Receive) -> Receive:
-    """A request of `body`; afterwards whatever comes, which is the client's leaving."""
-    is_sent = False
-
-    async def next_message() -> Message:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return next_message

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molink.gateway.asgi import Message, Receive, Scope, Send, respond
-from molink.gateway.generate import MAX_BODY, GenerateMiddleware
+from molink.gateway.asgi import MAX_BODY, Message, Receive, Scope, Send, respond
+from molink.gateway.generate import GenerateMiddleware
 from molink.gateway.generate_forms import FormError, SglangForm, VllmForm, read_form
 
 WORDS = (" a", " b", " c")
