@@ -20,9 +20,8 @@ def make_model(family: str, tokenizer: Path, folder: Path) -> Path:
     whatever they are asked, and two wrong engines agree.
     """
     config_class, model_class = FAMILIES[family]
-    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
     config = config_class(
-        vocab_size=len(vocabulary),
+        vocab_size=vocabulary_size(tokenizer),
         hidden_size=256,
         intermediate_size=512,
         num_hidden_layers=NUM_LAYERS,
@@ -38,6 +37,16 @@ def make_model(family: str, tokenizer: Path, folder: Path) -> Path:
     )
     torch.manual_seed(20)
     model_class(config).save_pretrained(folder)
+    copy_tokenizer(tokenizer, folder)
+    return folder
+
+
+def vocabulary_size(tokenizer: Path) -> int:
+    """How many tokens the tokenizer in this folder knows."""
+    return len(json.loads((tokenizer / "tokenizer.json").read_text())["model"]["vocab"])
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Give the model in `folder` the tokenizer of another."""
     for name in TOKENIZER_FILES:
         shutil.copy(tokenizer / name, folder)
-    return folder
