@@ -1,6 +1,7 @@
 """What the commands accept: addresses, devices, and vLLM's flags as they pass through."""
 
 import re
+from itertools import takewhile
 
 from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
@@ -49,6 +50,17 @@ def value_of(flags: list[str], *names: str) -> str | None:
         if name_of(flag) in names:
             _, equals, value = flag.partition("=")
             found = value if equals else next(iter(flags[index + 1 : index + 2]), None)
+    return found
+
+
+def values_of(flags: list[str], name: str) -> list[str]:
+    """The last values of a flag that takes several: `--name A B`."""
+    found: list[str] = []
+    for index, flag in enumerate(flags):
+        if name_of(flag) == name:
+            _, equals, value = flag.partition("=")
+            following = takewhile(lambda word: not word.startswith("-"), flags[index + 1 :])
+            found = [value] if equals else list(following)
     return found
 
 

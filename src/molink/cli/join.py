@@ -3,7 +3,8 @@
 import fcntl
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Annotated
@@ -13,15 +14,17 @@ import typer
 from molink.cli.console import fail, own_versions, run_until_signal, say
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings
-from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
+from molink.cli.sglang import in_vllms_words
+from molink.core.errors import IdentityError, LinkError, MolinkError, TokenError, UsageError
 from molink.core.plan import LayerRange
 from molink.node.enrolment import request_identity
-from molink.node.home import ClusterFolder, RunFolder
+from molink.node.home import ClusterFolder, RunFolder, known_clusters
 from molink.node.member import MemberAgent, MemberSettings
 from molink.node.stage_host import StageHost
 from molink.transport.identity import NodeIdentity
-from molink.transport.server import fetch_status
+from molink.transport.server import TunnelChannel, fetch_status
 from molink.transport.token import JoinToken
+from molink.transport.tunnel import TunnelEntrance
 
 MAX_NODES_PER_MACHINE = 64
 MAX_LAYERS = 1 << 16  # more than any model has; how many this one has, the head knows
@@ -50,6 +53,11 @@ def join(
     advertise: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Its address as others see it.")
     ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Forward the head's HTTP API from this port, too."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address of that port.")] = "127.0.0.1",
     device: Annotated[
         str, typer.Option(help="auto, cpu or cuda; must be what vLLM was installed for.")
     ] = "auto",
@@ -66,13 +74,16 @@ def join(
     if head is not None and head.startswith("-"):  # to click the first unknown flag is an argument
         flags = [head, *flags]
         head = None
+    flags, notes = in_vllms_words(flags)
+    for note in notes:
+        say(note)
     try:
         check_device(device)
         check_flags(flags)
         check_addresses({"HEAD:PORT": head, "--listen": listen, "--advertise": advertise})
         if layers is not None:
             LayerRange.parse(layers, MAX_LAYERS)
-        invitation = _read_token(token, token_file)
+        invitation = _read_token(token, token_file, head)
         addresses = (head,) if head else invitation.addresses
         node_name = name or socket.gethostname()
         settings = MemberSettings(
@@ -85,16 +96,20 @@ def join(
             versions=own_versions(),
             stage=stage_settings(model or "", flags, send=True),
         )
-        run_until_signal(lambda on_signal: _join(on_signal, invitation, addresses, settings))
+        http = None if port is None else (host, port)
+        run_until_signal(lambda on_signal: _join(on_signal, invitation, addresses, settings, http))
     except MolinkError as error:
         fail(error)
 
 
-def _read_token(token: str | None, file: Path | None) -> JoinToken:
+def _read_token(token: str | None, file: Path | None, head: str | None) -> JoinToken:
     if token is None and file is None:
-        token = os.environ.get("MOLINK_TOKEN")
+        token = os.environ.get("MOLINK_TOKEN") or _token_at_home(head)
     if (token is None) == (file is None):
-        raise UsageError("give the token that molink serve printed: --token T or --token-file F")
+        raise UsageError(
+            "give the token that molink serve printed: --token T or --token-file F, or in "
+            "MOLINK_TOKEN; the head keeps it in MODEL/token under its MOLINK_HOME (~/.molink)"
+        )
     if token is None:
         assert file is not None
         try:
@@ -104,11 +119,25 @@ def _read_token(token: str | None, file: Path | None) -> JoinToken:
     return JoinToken.decode(token.strip())
 
 
+def _token_at_home(head: str | None) -> str | None:
+    """The token of the head at HOST:PORT, where it runs on this machine or shares its folder."""
+    address = (head or "").replace("localhost:", "127.0.0.1:")
+    for folder in known_clusters():
+        try:
+            text = folder.token.read_text()
+            if address in JoinToken.decode(text).addresses:
+                return text
+        except (OSError, UnicodeDecodeError, TokenError):
+            continue
+    return None
+
+
 async def _join(
     on_signal: Callable[[Callable[[], None]], None],
     invitation: JoinToken,
     addresses: tuple[str, ...],
     settings: MemberSettings,
+    http: tuple[str, int] | None,
 ) -> None:
     folder, lock = _own_folder(invitation.cluster_id)
     run_folder = RunFolder()
@@ -127,10 +156,33 @@ async def _join(
         )
         on_signal(lambda: agent.end("stopped"))
         say(f"logs are in {logs}")
-        say(await agent.run())
+        async with _forwarded_api(http, head, identity):
+            say(await agent.run())
     finally:
         run_folder.remove()
         lock.close()
+
+
+@asynccontextmanager
+async def _forwarded_api(
+    http: tuple[str, int] | None, head: str, identity: NodeIdentity
+) -> AsyncIterator[None]:
+    """Meanwhile, (host, port) of this machine leads to the head's HTTP server."""
+    if http is None:
+        yield
+        return
+    host, port = http
+    channel = TunnelChannel(head, identity)
+    entrance = TunnelEntrance(channel.open_stream)
+    try:
+        await entrance.start(host, port)
+        say(f"http://{host}:{port} leads to the head's API")
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            say("warning: whoever reaches this port reaches the API; the head's --api-key bars it")
+        yield
+    finally:
+        await entrance.stop()
+        await channel.close()
 
 
 async def _identity(

@@ -1,5 +1,6 @@
 """`molink serve`: the head of a cluster, or plain vLLM on one machine."""
 
+import json
 import os
 import re
 import secrets
@@ -22,7 +23,9 @@ from molink.cli.flags import (
     pinned,
     stage_settings,
     value_of,
+    values_of,
 )
+from molink.cli.sglang import in_vllms_words, take_model
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.model_files import check_name, read_model
 from molink.cluster.state import ClusterState
@@ -31,6 +34,7 @@ from molink.core.errors import MolinkError, UsageError
 from molink.core.ids import HEAD
 from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
+from molink.gateway import chat_stop, chat_templates
 from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
@@ -42,9 +46,13 @@ from molink.transport.identity import (
     NodeKey,
 )
 from molink.transport.token import JoinToken, new_secret
+from molink.transport.tunnel import TunnelExit
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
+ANY_MODEL = "default"  # a name that the model has beside its own
+GENERATE_MIDDLEWARE = "molink.gateway.generate.GenerateMiddleware"
+CHAT_STOP_MIDDLEWARE = "molink.gateway.chat_stop.ChatStopMiddleware"
 
 
 def serve(
@@ -86,10 +94,8 @@ def serve(
 
     Every flag that is not listed goes to vLLM (see `vllm serve --help`).
     """
-    flags = list(context.args)
     try:
-        if model.startswith("-"):
-            raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
+        model, flags = _model_and_flags(model, context.args)
         check_device(device)
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
@@ -99,7 +105,7 @@ def serve(
             )
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
-            _plain_vllm(model, host, port, flags)
+            _plain_vllm(model, host, port, flags + _http_flags(model, flags))
         check_flags(flags)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
@@ -110,7 +116,7 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(model, host, port, (*flags, *pinned(flags, facts.revision))),
+                EngineSettings(model, host, port, _engine_flags(model, flags, facts)),
                 _settings(model, host, port, listen, advertise, layers, name, flags),
                 nodes,
                 token_file,
@@ -139,6 +145,42 @@ def _settings(
         stage=stage_settings(model, flags, send=False),
         http=f"http://{host}:{port}",
     )
+
+
+def _model_and_flags(model: str, flags: list[str]) -> tuple[str, list[str]]:
+    """MODEL and vLLM's flags, whichever server's words they were said in."""
+    named = None
+    if model.startswith("-"):  # to click the first unknown flag is an argument
+        named, flags = take_model([model, *flags])
+        if named is None:
+            raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
+    flags, notes = in_vllms_words(flags)
+    for note in notes:
+        say(note)
+    return named or model, flags
+
+
+def _engine_flags(model: str, flags: list[str], facts: ModelFacts) -> tuple[str, ...]:
+    return (*flags, *_http_flags(model, flags), *pinned(flags, facts.revision))
+
+
+def _http_flags(model: str, flags: list[str]) -> list[str]:
+    """Flags after the user's own: `/generate`, the chat template they name, a name for any model.
+
+    A template's stop strings go into the environment, where ChatStopMiddleware finds them.
+
+    Raises:
+        UsageError: there is no such chat template.
+    """
+    added = [f"--middleware={GENERATE_MIDDLEWARE}"]
+    if (name := value_of(flags, "--chat-template")) is not None:
+        found = chat_templates.find(name)
+        added.append(f"--chat-template={found.template}")
+        if found.stop:
+            os.environ[chat_stop.STOP_VARIABLE] = json.dumps(found.stop)
+            added.append(f"--middleware={CHAT_STOP_MIDDLEWARE}")
+    names = values_of(flags, "--served-model-name") or [model]
+    return [*added, "--served-model-name", *names, ANY_MODEL]
 
 
 def _check_alone(of_cluster: Mapping[str, object]) -> None:
@@ -186,6 +228,7 @@ async def _serve(
             lambda gone: EngineHost(engine, run_folder, logs, gone),
             say,
             DownloadDisplay(),
+            TunnelExit(_reachable_here(engine.host), engine.port),
         )
         on_signal(lambda: agent.end("stopped"))
         port = await agent.listen()
@@ -215,6 +258,7 @@ def _print_invitation(
     coordinator.add_token(token.enrolment_root(), token.expires_at)
     text = token.encode()
     _write_private(token_file, text + "\n")
+    say(f"MoLink gRPC server works at {token.addresses[0]}")
     say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
     say("on the next machine, run (the token is good for 24 hours):")
     typer.echo(f"\n    molink join --token {text}\n")
@@ -232,8 +276,13 @@ def _write_private(file: Path, text: str) -> None:
 
 def _local_host(listen: str) -> str:
     """Where this machine itself reaches what listens there."""
-    host = listen.rpartition(":")[0]
-    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    return _reachable_here(listen.rpartition(":")[0])
+
+
+def _reachable_here(host: str) -> str:
+    """A host's name for this machine itself, where it may mean all interfaces."""
+    loopback = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "[::]": "[::1]", "::": "::1"}
+    return loopback.get(host, host)
 
 
 def _addresses(settings: HeadSettings, port: int) -> tuple[str, ...]:

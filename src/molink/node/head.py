@@ -28,6 +28,7 @@ from molink.node.stage_host import StageHost, StageSettings
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity
 from molink.transport.server import Accepted, LinkServer
+from molink.transport.tunnel import TunnelExit
 from molink.wire import to_agent, to_engine, to_head
 from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
@@ -74,6 +75,7 @@ class HeadAgent(Agent):
         engine_host: Callable[[Callable[[str], None]], EngineHost],
         say: Callable[[str], None],
         show_download: Callable[[Downloading | None], None],
+        api: TunnelExit,
     ) -> None:
         super().__init__(HEAD, run_folder, say, show_download)
         self._coordinator = coordinator
@@ -84,7 +86,11 @@ class HeadAgent(Agent):
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
         self._server = LinkServer(
-            lambda: authority.certificate_pem, self._accept, self._enrol, self._view_json
+            lambda: authority.certificate_pem,
+            self._accept,
+            self._enrol,
+            self._view_json,
+            api.serve,
         )
         self._changed = asyncio.Event()
         self._engine_failure = ""  # its own words, if it had time for them

@@ -33,6 +33,8 @@ TOKEN = make_token()
     ("arguments", "words"),
     [
         ([], "give the token that molink serve printed: --token T or --token-file F"),
+        (["127.0.0.1:1"], "the head keeps it in MODEL/token under its MOLINK_HOME"),
+        (["--token", TOKEN, "--port", "0"], "--port"),
         (["--token", TOKEN, "--token-file", "x"], "give the token that molink serve printed"),
         (["--token", ""], "not a join token"),
         (["--token", "hello"], "not a join token"),
@@ -90,6 +92,23 @@ def test_the_environments_token_counts_where_none_is_given(
     assert asked == ["127.0.0.1:1", "127.0.0.1:3", "127.0.0.1:4"]
 
 
+@pytest.mark.parametrize("head", ["127.0.0.1:5", "localhost:5"])
+def test_the_token_of_a_head_on_this_machine_is_found(
+    run: Run, asked: list[str], home: Path, head: str
+) -> None:
+    for name, text in [
+        ("a", "damaged"),
+        ("b", make_token("127.0.0.1:4")),
+        ("c", make_token("192.0.2.1:5", "127.0.0.1:5")),
+    ]:
+        (home / name).mkdir(parents=True)
+        (home / name / "token").write_text(text + "\n")
+    (home / "joined-x-1").mkdir()
+    run("join", head)
+    assert asked == [head]
+    assert "give the token" in run("join", "127.0.0.1:6").error
+
+
 def test_every_address_of_the_token_is_tried(run: Run, asked: list[str]) -> None:
     outcome = run("join", "--token", make_token("127.0.0.1:1", "head.invalid:2"))
     assert asked == ["127.0.0.1:1", "head.invalid:2"]
@@ -97,7 +116,9 @@ def test_every_address_of_the_token_is_tried(run: Run, asked: list[str]) -> None
     assert outcome.error.count("nothing listens at") == 2
 
 
-@pytest.mark.parametrize("flags", [["-tp", "2"], ["--gpu-memory-utilization", "0.5"]])
+@pytest.mark.parametrize(
+    "flags", [["-tp", "2"], ["--gpu-memory-utilization", "0.5"], ["--tp=2"], ["--tp", "2"]]
+)
 def test_vllms_flags_need_no_address_before_them(
     run: Run, asked: list[str], flags: list[str]
 ) -> None:

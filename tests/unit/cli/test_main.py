@@ -14,7 +14,8 @@ from .conftest import Run
 OPTIONS = {
     "serve": """--host --port --listen --advertise --nodes --layers --token-file --device --cluster
                 --name""",
-    "join": "HEAD:PORT --token --token-file --model --layers --listen --advertise --device --name",
+    "join": """HEAD:PORT --token --token-file --model --layers --listen --advertise --port --host
+               --device --name""",
     "status": "HEAD:PORT --json",
 }
 

@@ -1,6 +1,7 @@
 """`molink serve` with input that cannot work: refused before anything starts."""
 
 import json
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -186,21 +187,89 @@ def test_an_open_api_without_a_key_is_warned_of(
     assert "secret" not in said
 
 
-def test_one_node_becomes_plain_vllm_and_says_so(
-    run: Run, model: Path, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Replaced(SystemExit):
-        pass
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What plain vLLM was started with; it does not start."""
+    command: list[str] = []
 
-    def execv(path: str, command: list[str]) -> None:
-        raise Replaced(json.dumps(command[1:]))
+    def execv(path: str, arguments: list[str]) -> None:
+        command.extend(arguments[1:])
+        raise SystemExit(0)
 
     monkeypatch.setattr(serve.os, "execv", execv)
+    return command
+
+
+def test_one_node_becomes_plain_vllm_and_says_so(
+    run: Run, model: Path, port: int, vllm: list[str]
+) -> None:
     outcome = run("serve", model, "--port", port, "--max-model-len", 512)
     assert "one node: this is plain vLLM, without any agent" in outcome.said
-    command = json.loads(outcome.error or outcome.said.splitlines()[-1])
-    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
-    assert command[-2:] == ["--max-model-len", "512"]
+    assert vllm[:4] == ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    own = vllm.index("--max-model-len")
+    assert vllm[own:] == [
+        *("--max-model-len", "512"),
+        "--middleware=molink.gateway.generate.GenerateMiddleware",
+        *("--served-model-name", str(model), "default"),
+    ]
+
+
+@pytest.mark.parametrize("given", [["--served-model-name", "a", "b"], ["--served_model_name=a"]])
+def test_the_name_default_stands_beside_the_users_names(
+    run: Run, model: Path, port: int, vllm: list[str], given: list[str]
+) -> None:
+    run("serve", model, "--port", port, *given)
+    names = ["a", "b"] if len(given) == 3 else ["a"]
+    assert vllm[-len(names) - 2 :] == ["--served-model-name", *names, "default"]
+
+
+@pytest.mark.parametrize("flag", ["--model-path", "--model"])
+@pytest.mark.parametrize("joined", [True, False])
+def test_sglangs_words_for_a_model_and_its_memory(
+    run: Run, model: Path, port: int, vllm: list[str], flag: str, joined: bool
+) -> None:
+    named = [f"{flag}={model}"] if joined else [flag, model]
+    fraction = ["--mem-fraction-static", "0.7", "--tokenizer-path=t"]
+    run("serve", *named, "--port", port, "--tp", 2, *fraction)
+    start = vllm.index("--tensor-parallel-size")
+    assert vllm[2:4] == ["--model", str(model)]
+    assert vllm[start : start + 5] == [
+        *("--tensor-parallel-size", "2", "--gpu-memory-utilization", "0.7", "--tokenizer=t")
+    ]
+
+
+def test_a_flag_that_vllm_has_no_use_for(run: Run, model: Path, port: int, vllm: list[str]) -> None:
+    outcome = run("serve", model, "--port", port, "--attention-reduce-in-fp32")
+    assert "--attention-reduce-in-fp32 is not needed: vLLM's attention kernels" in outcome.said
+    assert not [word for word in vllm if "fp32" in word]
+
+
+def test_a_chat_template_by_name_with_its_stop_strings(
+    run: Run, model: Path, port: int, vllm: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOLINK_CHAT_STOP", "[]")
+    run("serve", model, "--port", port, "--chat-template", "chatml")
+    (template,) = [word for word in vllm if word.startswith("--chat-template=")]
+    assert Path(template.removeprefix("--chat-template=")).is_file()
+    assert "--middleware=molink.gateway.chat_stop.ChatStopMiddleware" in vllm
+    assert json.loads(os.environ["MOLINK_CHAT_STOP"]) == ["<|im_end|>"]
+
+
+@pytest.mark.parametrize("cluster", [[], ["--nodes", "2"]])
+def test_a_chat_template_that_is_not_there(
+    run: Run, model: Path, port: int, cluster: list[str]
+) -> None:
+    listen = LOCAL if cluster else ()
+    outcome = run("serve", model, "--port", port, *cluster, *listen, "--chat-template", "chatmll")
+    assert outcome.status == 2
+    assert "--chat-template chatmll: no such file, nor one of chatml" in outcome.error
+
+
+def test_the_address_to_copy_is_said_as_earlier_versions_did(
+    run: Run, model: Path, port: int
+) -> None:
+    said = run("serve", model, "--port", port, "--nodes", 2, *LOCAL).said
+    assert "MoLink gRPC server works at 127.0.0.1:7171" in said
 
 
 @pytest.mark.parametrize(
