@@ -25,22 +25,29 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" + "0" * 34
 CHUNK_BYTES = 64 << 10
+WEIGHTS = (".safetensors", ".bin")
 _API = re.compile(
     r"/api/models/(?P<model>[^/]+/[^/]+)(?:/(?P<what>revision|tree)/(?P<revision>[^/]+))?"
 )
 _FILE = re.compile(r"/(?P<model>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_ORIGIN = re.compile(r"origin/(\S+)")
 _RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
-    """One request for a file or for a list; `start` and `sent` are of its answer, in bytes."""
+    """One request for a file or for a list."""
 
+    machine: str  # whose environment named it
     method: str
     path: str
-    agent: str
-    start: int
-    sent: int
+    start: int = 0  # of the answer within the file, in bytes
+    is_bounded: bool = False  # asks for a header or the like
+    sent: int = 0  # bytes
+
+    @property
+    def file(self) -> str:
+        return self.path.rpartition("/")[2]
 
 
 @dataclass(slots=True)
@@ -48,8 +55,8 @@ class Faults:
     """How the hub misbehaves; the keys of the dictionaries are file names."""
 
     refuses: tuple[int, str] | None = None  # status and error code of every answer
-    hangs_after: dict[str, int] = field(default_factory=dict)  # bytes
-    cuts_after: dict[str, int] = field(default_factory=dict)  # bytes, once
+    hangs_after: dict[str, int] = field(default_factory=dict)  # bytes of the file
+    cuts_after: dict[str, int] = field(default_factory=dict)  # bytes of the file, once
     corrupts: set[str] = field(default_factory=set)  # one byte
     bytes_per_s: float = 0.0  # of every file; 0: no limit
 
@@ -65,9 +72,10 @@ class Hub:
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
-    def environment(self, cache: Path) -> dict[str, str]:
-        """Variables of a process that takes this hub for the hub."""
+    def environment(self, machine: str, cache: Path) -> dict[str, str]:
+        """Variables of a machine that takes this hub for the hub."""
         return {
+            "HF_HUB_USER_AGENT_ORIGIN": machine,
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
             "HF_HUB_CACHE": str(cache / "hub"),
@@ -76,14 +84,15 @@ class Hub:
             "NO_PROXY": "127.0.0.1",
         }
 
-    def downloaded(self, agent: str = "") -> dict[str, int]:
-        """Bytes sent of every file, to those whose user agent contains `agent`."""
-        sent: dict[str, int] = {}
-        for request in list(self.requests):
-            if request.method == "GET" and "/resolve/" in request.path and agent in request.agent:
-                name = request.path.rpartition("/")[2]
-                sent[name] = sent.get(name, 0) + request.sent
-        return sent
+    def downloads(self, machine: str) -> list[Request]:
+        """The machine's requests for weights, but those for their headers."""
+        return [
+            request
+            for request in list(self.requests)
+            if (request.machine, request.method) == (machine, "GET")
+            and request.file.endswith(WEIGHTS)
+            and not request.is_bounded
+        ]
 
     @contextmanager
     def misbehaving(self, **faults: Any) -> Iterator[None]:
@@ -167,6 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         if asked := _RANGE.fullmatch(self.headers.get("Range", "")):
             start = int(asked[1])
             end = min(end, int(asked[2]) + 1) if asked[2] else end
+        request = self._note(path, start, is_bounded=bool(asked and asked[2]))
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(end - start))
         if asked:
@@ -178,35 +188,33 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("ETag", f'"{entry["oid"]}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
-        sent = 0
-        if self.command == "GET":
-            if file.name in self.hub.faults.corrupts:
-                content = content[:-1] + bytes([content[-1] ^ 1])
-            sent = self._send_content(file.name, content[start:end])
-        self._note(path, start, sent)
+        if file.name in self.hub.faults.corrupts:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if self.command == "GET" and not self._send_content(request, content[start:end]):
+            self.close_connection = True
 
-    def _send_content(self, name: str, content: bytes) -> int:
-        faults = self.hub.faults
-        sent = 0
+    def _send_content(self, request: Request, content: bytes) -> bool:
+        """Whether all of it was sent."""
+        faults, name = self.hub.faults, request.file
         for first in range(0, len(content), CHUNK_BYTES):
-            if sent >= faults.hangs_after.get(name, len(content)):
+            position = request.start + first
+            if position >= faults.hangs_after.get(name, position + 1):
                 time.sleep(3600)
-            if sent >= faults.cuts_after.get(name, len(content)):
+            if position >= faults.cuts_after.get(name, position + 1):
                 del faults.cuts_after[name]
-                self.close_connection = True
-                return sent
+                return False
             chunk = content[first : first + CHUNK_BYTES]
             try:
                 self.wfile.write(chunk)
             except OSError:  # whoever asked is gone
-                self.close_connection = True
-                return sent
-            sent += len(chunk)
+                return False
+            request.sent += len(chunk)
             if faults.bytes_per_s:
                 time.sleep(len(chunk) / faults.bytes_per_s)
-        return sent
+        return True
 
     def _send_json(self, path: str, value: object) -> None:
+        self._note(path)
         content = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -214,19 +222,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(content)
-        self._note(path, 0, len(content))
 
     def _refuse(self, path: str, status: int, code: str) -> None:
+        self._note(path)
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", "0")
         self.end_headers()
-        self._note(path, 0, 0)
 
-    def _note(self, path: str, start: int, sent: int) -> None:
-        agent = self.headers.get("User-Agent", "")
-        self.hub.requests.append(Request(self.command, path, agent, start, sent))
+    def _note(self, path: str, start: int = 0, *, is_bounded: bool = False) -> Request:
+        origin = _ORIGIN.search(self.headers.get("User-Agent", ""))
+        machine = origin[1] if origin else ""
+        self.hub.requests.append(Request(machine, self.command, path, start, is_bounded))
+        return self.hub.requests[-1]
 
 
 def _entry(file: Path, folder: Path) -> dict[str, Any]:
@@ -239,7 +248,7 @@ def _entry(file: Path, folder: Path) -> dict[str, Any]:
         "size": status.st_size,
         "oid": sha1,
     }
-    if file.suffix in (".safetensors", ".bin"):
+    if file.suffix in WEIGHTS:
         entry["lfs"] = {"oid": sha256, "sha256": sha256, "size": status.st_size, "pointerSize": 1}
     return entry
 

@@ -85,7 +85,9 @@ class HubModel:
 
         blob = self._storage / "blobs" / file.etag
         lock = self.cache / ".locks" / self._storage.name / f"{file.etag}.lock"
-        with _clear_errors(f"cannot download {file.name} of {self.name}"):
+        with _clear_errors(
+            f"cannot download {file.name} of {self.name}", "; a new start goes on where this ended"
+        ):
             for folder in (blob.parent, lock.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(lock):
@@ -183,7 +185,7 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _clear_errors(doing: str = "") -> Iterator[None]:
+def _clear_errors(doing: str = "", then: str = "") -> Iterator[None]:
     """Say in one line what the hub or the disk refused. Raises UsageError."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import SafetensorsParsingError
@@ -191,7 +193,8 @@ def _clear_errors(doing: str = "") -> Iterator[None]:
     try:
         yield
     except (HTTPError, OSError, ValueError, SafetensorsParsingError) as error:
-        raise UsageError(f"{doing}: {_reason(error)}" if doing else _reason(error)) from error
+        reason = _reason(error) + then
+        raise UsageError(f"{doing}: {reason}" if doing else reason) from error
 
 
 def _reason(error: Exception) -> str:
@@ -199,6 +202,8 @@ def _reason(error: Exception) -> str:
     from huggingface_hub import errors
 
     match error:
+        case errors.LocalEntryNotFoundError(__cause__=Exception() as cause):
+            return _reason(cause)
         case errors.GatedRepoError():
             return "it is gated: accept its terms on the hub, then set HF_TOKEN on this machine"
         case errors.RevisionNotFoundError():
@@ -210,8 +215,7 @@ def _reason(error: Exception) -> str:
         case errors.HfHubHTTPError() | errors.EntryNotFoundError():
             return _first_line(error)
         case httpx2.HTTPError():
-            name = type(error).__name__
-            return f"the hub stopped answering ({name}); a new start goes on where this one ended"
+            return f"the hub does not answer ({type(error).__name__})"
         case OSError() if error.strerror:
             return error.strerror
         case _:

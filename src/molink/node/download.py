@@ -76,7 +76,7 @@ class StageFiles:
         check_files(folder / file for file in chosen.files)
         if chosen.index is None:
             return str(folder)
-        linked = self.run_folder / folder.name
+        linked = self.run_folder / folder.resolve().name
         if not linked.exists():
             link_files(folder, chosen, linked)
         return str(linked)
