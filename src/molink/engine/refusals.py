@@ -2,9 +2,18 @@
 
 from collections.abc import Sequence
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from molink.core.errors import UsageError
+
+
+def refuse_indivisible(model: ModelConfig) -> None:
+    """Raises UsageError for a model whose layers vLLM cannot put into stages."""
+    if not model.is_pp_supported:
+        raise UsageError(
+            f"vLLM does not support pipeline parallelism for {model.architecture}, so it cannot be "
+            "split over nodes: use one node"
+        )
 
 
 def refuse_unsupported(config: VllmConfig, tensor_parallel_sizes: Sequence[int]) -> None:

@@ -16,9 +16,11 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 
+from molink.core.errors import UsageError
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
+from molink.engine.refusals import refuse_indivisible
 
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
@@ -35,20 +37,23 @@ def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any
         arguments.served_model_name = [model]
     validate_parsed_serve_args(arguments)
     with _saying_what_is_wrong():
-        AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+        refuse_indivisible(AsyncEngineArgs.from_cli_args(arguments).create_model_config())
     of_user = [flag for flag in parser.normalised if flag not in own]
     return arguments, engine_flags_of(of_user)
 
 
 @contextmanager
 def _saying_what_is_wrong() -> Iterator[None]:
-    """End like the parser, in one line, when a configuration of vLLM's refuses its values."""
+    """End like the parser, in one line, when vLLM's configuration or MoLink refuses the model."""
     try:
         yield
+        return
     except ValidationError as error:
-        reasons = (" ".join(reason["msg"].split()) for reason in error.errors())
-        print(f"molink serve: error: {'; '.join(reasons)}", file=sys.stderr)  # noqa: T201
-        raise SystemExit(2) from None
+        reasons = "; ".join(" ".join(reason["msg"].split()) for reason in error.errors())
+    except UsageError as error:
+        reasons = str(error)
+    print(f"molink serve: error: {reasons}", file=sys.stderr)  # noqa: T201
+    raise SystemExit(2)
 
 
 async def serve(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm.config import VllmConfig
 
 from molink.core.errors import UsageError
-from molink.engine.refusals import refuse_unsupported
+from molink.engine.refusals import refuse_indivisible, refuse_unsupported
 
 from .conftest import MakeConfig
 
@@ -95,6 +95,13 @@ def test_mixed_attention_wants_stages_of_equal_size(
     if len(set(sizes)) > 1:
         with pytest.raises(UsageError, match=r"mixes kinds of attention.* tensor parallel size"):
             refuse_unsupported(mixed, sizes)
+
+
+def test_a_model_that_vllm_cannot_split_is_refused(head_config: VllmConfig) -> None:
+    refuse_indivisible(head_config.model_config)
+    other = changed(head_config.model_config, "_model_info.supports_pp", False)
+    with pytest.raises(UsageError, match="LlamaForCausalLM.* cannot be split over nodes"):
+        refuse_indivisible(other)
 
 
 @pytest.mark.parametrize("layer_types", [None, [], ["full_attention"] * 4])
