@@ -23,6 +23,8 @@ from types import TracebackType
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 COMMIT = "c0ffee" + "0" * 34
 CHUNK_BYTES = 64 << 10
 WEIGHTS = (".safetensors", ".bin")
@@ -84,6 +86,18 @@ class Hub:
             "NO_PROXY": "127.0.0.1",
         }
 
+    def replace_real(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Have this process take it for the hub."""
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DOWNLOAD_TIMEOUT": 0.2,
+            "HF_HUB_USER_AGENT_ORIGIN": "test",
+        }.items():
+            patch.setattr(f"huggingface_hub.constants.{name}", value)
+
     def downloads(self, machine: str) -> list[Request]:
         """The machine's requests for weights, but those for their headers."""
         return [
@@ -104,7 +118,7 @@ class Hub:
             self.faults = Faults()
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.e2e.hub import COMMIT, Hub
 
 from molink.cluster.checkpoint import MAX_HEADER_BYTES
 from molink.cluster.model_files import config_hash, read_model
@@ -231,6 +232,19 @@ def test_a_cache_with_some_of_the_files_counts_as_none(hub: Path) -> None:
     weight_map = dict.fromkeys(TENSORS, "model-00002.safetensors")
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert read_model("maker/tiny").layer_bytes > 320
+
+
+def test_sizes_of_a_model_on_the_hub_come_from_its_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    a_folder(folder, model=safetensors(TENSORS))
+    cache = tmp_path / "cache"
+    with Hub({"maker/tiny": folder}) as hub:
+        hub.replace_real(monkeypatch, cache)
+        facts = read_model("maker/tiny")
+    assert (facts.layer_bytes, facts.edge_bytes, facts.revision) == (320, 1518, COMMIT)
+    assert list(cache.rglob("*.safetensors")) == []
 
 
 def test_a_model_the_hub_does_not_give_is_named(hub: Path) -> None:

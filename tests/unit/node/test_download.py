@@ -70,17 +70,9 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(models: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The imitation, as this process's hub; it waits shorter for an answer than others."""
+    """The imitation, as this process's hub."""
     with Hub(models) as hub:
-        for name, value in {
-            "ENDPOINT": hub.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_CACHE": str(cache),
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.2,
-            "HF_HUB_USER_AGENT_ORIGIN": "test",
-        }.items():
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+        hub.replace_real(monkeypatch, cache)
         monkeypatch.setattr(
             "huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None)
         )
