@@ -6,12 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from molink.core.errors import LinkError, UsageError
 from molink.core.ids import Address, NodeId, Port
 from molink.engine.environment import die_with_parent, export, prepare_environment
 from molink.node.download import StageFiles, Tell
 from molink.node.processes import EXIT_USAGE
+from molink.wire.to_stage import LoadStage
 
 
 def main() -> None:
@@ -29,30 +31,18 @@ def main() -> None:
     from molink.transport.local import LocalSocket
     from molink.wire import to_agent
     from molink.wire.frames import Kind
-    from molink.wire.to_stage import LoadStage
+    from molink.wire.to_agent import Downloading, Notice
 
     parser = engine_parser("molink join")
     parser.parse_args([f"--model={options.model}", *options.flags])
     agent = Address(NodeId(options.node), Port.AGENT)
     socket = LocalSocket(options.socket, Address(NodeId(options.node), Port.STAGE), options.rank)
 
-    def find_model(load: LoadStage) -> str:
-        flags = parser.parse_args([f"--model={options.model}", *load.engine_flags, *options.flags])
-        files = StageFiles(
-            model=options.model,
-            revision=flags.revision,
-            layers=load.layers,
-            num_layers=sum(load.partition),
-            load_format=str(flags.load_format),
-            with_code=flags.trust_remote_code,
-            cache=Path(flags.download_dir) if flags.download_dir else None,
-            run_folder=options.run_folder,
-        )
-        tell = lambda message: socket.send(Kind.CONTROL, agent, [to_agent.encode(message)])  # noqa: E731
-        return _bring(files, tell)
+    def tell(message: Downloading | Notice) -> None:
+        socket.send(Kind.CONTROL, agent, [to_agent.encode(message)])
 
     settings = StageOptions(
-        find_model=find_model,
+        find_model=lambda load: _bring(_files(options, parser, load), tell),
         rank=options.rank,
         tensor_parallel_size=options.tensor_parallel_size,
         node_flags=options.flags,
@@ -63,6 +53,21 @@ def main() -> None:
         StageLoop(socket, build_codec(), settings).run()
     except LinkError:
         os._exit(0)  # the agent is gone, and with it every reason to run
+
+
+def _files(options: argparse.Namespace, parser: Any, load: LoadStage) -> StageFiles:
+    head_flags = [f"--model={options.model}", *load.engine_flags]
+    flags = parser.parse_args([*head_flags, *options.flags])
+    return StageFiles(
+        model=options.model,
+        revision=parser.parse_args(head_flags).revision,  # one for all nodes
+        layers=load.layers,
+        num_layers=sum(load.partition),
+        load_format=str(flags.load_format),
+        with_code=flags.trust_remote_code,
+        cache=Path(flags.download_dir) if flags.download_dir else None,
+        run_folder=options.run_folder,
+    )
 
 
 def _bring(files: StageFiles, tell: Tell) -> str:
