@@ -33,9 +33,14 @@ def say(text: str) -> None:
 
 
 def fail(error: MolinkError) -> NoReturn:
-    """End the command with what went wrong: status 2 if its user can mend it, else 1."""
+    """End the command with what went wrong."""
+    raise typer.Exit(complain(error))
+
+
+def complain(error: MolinkError) -> int:
+    """Say what went wrong; the exit status is 2 if the command's user can mend it, else 1."""
     errors.print(Text.assemble(("molink", "bold red"), f"  {_printable(str(error))}"))
-    raise typer.Exit(EXIT_USAGE if isinstance(error, _MENDABLE) else EXIT_FAILED)
+    return EXIT_USAGE if isinstance(error, _MENDABLE) else EXIT_FAILED
 
 
 def _printable(text: str) -> str:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from molink.cli.console import fail, say
+from molink.cli.console import complain, say
 from molink.cli.flags import check_addresses, name_of
 from molink.core.errors import UsageError
 
@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> None:
     try:
         command, notes = translate(arguments, _free_port())
     except UsageError as error:
-        fail(error)
+        raise SystemExit(complain(error)) from None
     for note in notes:
         say(note)
     app(command, prog_name="molink")

@@ -1,6 +1,10 @@
 """Earlier versions' command lines, translated."""
 
 import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,6 +13,17 @@ from hypothesis import strategies as st
 from molink.cli import originals
 from molink.cli.originals import translate
 from molink.core.errors import UsageError
+
+from .conftest import Run
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
 
 HTTP = "--host 0.0.0.0 --port 8000"
 V0 = "--model M --port 8080 --dtype=half --max_model_len 4096"
@@ -176,6 +191,42 @@ def test_the_http_servers_flags_stay_with_the_head() -> None:
 def test_what_makes_no_sense(typed: str, words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)):
         translate(typed.split(), 7)
+
+
+@pytest.mark.parametrize("module", ["api_server", "openai.api_server"])
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("--model M --serving_layers 39,0", "molink  --serving-layers 39,0: the first layer"),
+        ("--model /no/such --port {port}", "there is no model folder /no/such"),
+        ("--model /no/such --port {port} --serving_layers 0,3", "there is no model folder"),
+        ("--model M --initial_peer 127.0.0.1:1", "give the token that molink serve printed"),
+    ],
+)
+def test_the_commands_end_in_one_line(
+    home: Path, unused_port: int, module: str, typed: str, words: str
+) -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            f"molink.entrypoints.{module}",
+            *typed.format(port=unused_port).split(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
+    assert words in ended.stderr
+
+
+def test_help_is_that_of_serve(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ending:
+        originals.run(["--help"])
+    assert ending.value.code == 0
+    assert "--layers" in capsys.readouterr().out
 
 
 @given(st.integers(0, 999), st.integers(0, 999))

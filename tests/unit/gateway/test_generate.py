@@ -270,6 +270,30 @@ async def test_400_that_names_what_is_wrong(vllm: Completions, body: Any, words:
     assert vllm.scope == {}
 
 
+async def test_vllm_asks_for_its_key_here_too(vllm: Completions) -> None:
+    """Its own stack with our middleware as `molink serve` names it."""
+    from fastapi import FastAPI
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    middleware = f"{GenerateMiddleware.__module__}.{GenerateMiddleware.__qualname__}"
+    flags = ["--api-key=key", f"--middleware={middleware}"]
+    app = FastAPI()
+    app.mount("/", vllm)
+    init_entrypoints_middleware(
+        make_arg_parser(FlexibleArgumentParser()).parse_args(flags), app, ()
+    )
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://head") as http:
+        answers = [
+            await http.post("/generate", json={"prompt": "x"}, headers={"Authorization": value})
+            for value in ("", "Bearer wrong", "Bearer key")
+        ]
+    assert [answer.status_code for answer in answers] == [401, 401, 200]
+    assert answers[2].json() == {"text": ["x a b c"]}
+
+
 async def test_a_body_has_a_bound(vllm: Completions) -> None:
     answer = await post(vllm, b" " * (MAX_BODY + 1))
     assert answer.status_code == 413
