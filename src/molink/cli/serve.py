@@ -179,8 +179,10 @@ def _http_flags(model: str, flags: list[str]) -> list[str]:
         if found.stop:
             os.environ[chat_stop.STOP_VARIABLE] = json.dumps(found.stop)
             added.append(f"--middleware={CHAT_STOP_MIDDLEWARE}")
-    names = values_of(flags, "--served-model-name") or [model]
-    return [*added, "--served-model-name", *names, ANY_MODEL]
+    names = values_of(flags, "--served-model-name")
+    if not names and value_of(flags, "--config") is not None:
+        return added  # the file may hold names, which ours would replace
+    return [*added, "--served-model-name", *(names or [model]), ANY_MODEL]
 
 
 def _check_alone(of_cluster: Mapping[str, object]) -> None:

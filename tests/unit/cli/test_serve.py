@@ -223,6 +223,13 @@ def test_the_name_default_stands_beside_the_users_names(
     assert vllm[-len(names) - 2 :] == ["--served-model-name", *names, "default"]
 
 
+def test_names_in_a_configuration_file_stay_alone(
+    run: Run, model: Path, port: int, vllm: list[str]
+) -> None:
+    run("serve", model, "--port", port, "--config", "vllm.yaml")
+    assert "--served-model-name" not in vllm
+
+
 @pytest.mark.parametrize("flag", ["--model-path", "--model"])
 @pytest.mark.parametrize("joined", [True, False])
 def test_sglangs_words_for_a_model_and_its_memory(

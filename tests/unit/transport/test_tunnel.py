@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import grpc.aio
 import pytest
+import uvloop
 
 from molink.core.errors import UsageError
 from molink.core.ids import HEAD, NodeId
@@ -156,6 +157,13 @@ class Client:
 
 async def _no_links(_: object) -> None:
     raise AssertionError("nobody links here")
+
+
+@pytest.fixture(params=[asyncio.DefaultEventLoopPolicy, uvloop.EventLoopPolicy])
+def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLoopPolicy:
+    """Agents run under uvloop, whose closed transports behave otherwise."""
+    policy: asyncio.AbstractEventLoopPolicy = request.param()
+    return policy
 
 
 @pytest.fixture(scope="module")
