@@ -214,6 +214,17 @@ def test_what_has_a_successor_is_said(servers: Servers) -> None:
     assert says == (servers.version == "v0")
 
 
+def test_503_while_a_stage_is_lost(servers: Servers) -> None:
+    servers.second.kill_stage()
+    url = f"http://127.0.0.1:{servers.ports[1]}/generate"
+
+    def refuses() -> bool:
+        answer = httpx.post(url, json={"prompt": "x"}, trust_env=False, timeout=30)
+        return answer.status_code == 503 and "retry-after" in answer.headers
+
+    eventually(refuses, 10, "/generate answers 503")
+
+
 def test_503_at_the_second_port_when_the_first_server_has_gone(servers: Servers) -> None:
     servers.first.process.send_signal(signal.SIGKILL)
     url = f"http://127.0.0.1:{servers.ports[1]}/health"
