@@ -73,7 +73,7 @@ class LinkServer:
         self._accept = accept
         self._enroll = enroll
         self._server: grpc.aio.Server | None = None
-        self._accepting: set[asyncio.Future[None]] = set()
+        self._running: set[asyncio.Future[None]] = set()
 
     async def start(self, listen: str, credentials: grpc.ServerCredentials) -> int:
         """Listen on HOST:PORT; returns the port.
@@ -110,11 +110,11 @@ class LinkServer:
         return port
 
     async def stop(self) -> None:
-        """Close the port and all links; returns when every `accept` has."""
+        """Close the port and all links; returns when every `accept` and tunnel has."""
         if self._server is not None:
             await self._server.stop(grace=0.2)
-        if self._accepting:
-            await asyncio.wait(self._accepting)
+        if self._running:
+            await asyncio.wait(self._running)
 
     async def _identify(self, context: Any) -> PeerIdentity:
         """Who calls; refuses everybody who is not a node of the cluster."""
@@ -132,8 +132,13 @@ class LinkServer:
     async def _tunnel_call(self, _: Any, context: Any) -> None:
         await self._identify(context)
         assert self._tunnel is not None
+        carrying = self._watch(self._tunnel(context))
         try:
-            await self._tunnel(context)
+            await asyncio.shield(carrying)
+        except asyncio.CancelledError:
+            carrying.cancel()
+            await asyncio.gather(carrying, return_exceptions=True)
+            raise
         except LinkError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
 
@@ -141,15 +146,20 @@ class LinkServer:
         identity = await self._identify(context)
         link = Link(identity.node, context)
         accepted = Accepted(link, identity, _host_of(context.peer()))
-        accepting = asyncio.ensure_future(self._accept(accepted))
-        self._accepting.add(accepting)
-        accepting.add_done_callback(self._accepting.discard)
+        accepting = self._watch(self._accept(accepted))
         try:
             await asyncio.shield(accepting)
         except asyncio.CancelledError:  # gRPC's way to say that the peer, or this server, is gone
             link.close()
             await asyncio.wait((accepting,))
             raise
+
+    def _watch(self, work: Awaitable[None]) -> asyncio.Future[None]:
+        """Begin something that `stop` waits for."""
+        task = asyncio.ensure_future(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
     async def _enroll_call(self, request: bytes, context: Any) -> bytes:
         assert self._enroll is not None
