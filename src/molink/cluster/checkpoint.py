@@ -96,7 +96,7 @@ def choose_files(
 
     Args:
         folder: holds the index.
-        names: of all the checkpoint's files, in the folder or not.
+        names: of all the checkpoint's files, in the folder or not; subfolders hold other things.
         load_format: vLLM's.
 
     Raises:
@@ -104,6 +104,7 @@ def choose_files(
     """
     if load_format == "dummy":
         return Chosen(())
+    names = [name for name in names if "/" not in name]
     pattern, index = "*.safetensors", INDEX
     if load_format == "auto" and any(fnmatch(name, _CONSOLIDATED) for name in names):
         pattern, index = _CONSOLIDATED, _CONSOLIDATED_INDEX

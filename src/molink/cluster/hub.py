@@ -81,7 +81,7 @@ class HubModel:
             UsageError: the hub does not give the file, stops answering, or gave other bytes.
         """
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils._fixes import WeakFileLock
+        from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
         blob = self._storage / "blobs" / file.etag
         lock = self.cache / ".locks" / self._storage.name / f"{file.etag}.lock"
@@ -102,7 +102,7 @@ class HubModel:
     def _transfer(self, file: HubFile, moved: Callable[[int], None]) -> None:
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()

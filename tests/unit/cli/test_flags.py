@@ -2,7 +2,14 @@
 
 import pytest
 
-from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings, value_of
+from molink.cli.flags import (
+    check_addresses,
+    check_device,
+    check_flags,
+    pinned,
+    stage_settings,
+    value_of,
+)
 from molink.core.errors import UsageError
 
 
@@ -103,3 +110,26 @@ def test_a_device_of_another_build_is_refused_with_the_way_to_get_it(
     check_device(build)
     with pytest.raises(UsageError, match=f"build for {build} .* scripts/install {other}"):
         check_device(other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "commit", "added"),
+    [
+        ([], None, []),
+        (["--revision", "main"], "c0ffee", ["--revision=c0ffee"]),
+        (
+            ["--tokenizer=maker/words"],
+            "c0ffee",
+            ["--revision=c0ffee", "--tokenizer-revision=main"],
+        ),
+        (
+            ["--tokenizer=maker/words", "--tokenizer-revision=v2"],
+            "c0ffee",
+            ["--revision=c0ffee"],
+        ),
+    ],
+)
+def test_all_machines_load_the_commit_that_the_head_has_found(
+    flags: list[str], commit: str | None, added: list[str]
+) -> None:
+    assert pinned(flags, commit) == added

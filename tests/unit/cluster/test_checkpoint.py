@@ -126,6 +126,7 @@ def an_index(folder: Path, weight_map: object) -> Path:
         (["model.safetensors", "pytorch_model.bin"], ("model.safetensors",)),
         (["b.bin", "a.bin", "training_args.bin", "a.pt"], ("a.bin", "b.bin")),
         (["consolidated.safetensors", "model.safetensors"], ("consolidated.safetensors",)),
+        (["model.bin", "onnx/model.safetensors", "onnx/a.bin"], ("model.bin",)),
     ],
 )
 def test_without_an_index_all_that_vllm_takes(

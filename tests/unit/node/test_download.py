@@ -148,6 +148,16 @@ def test_a_checkpoint_in_one_file_is_fetched_once(tmp_path: Path, hub: Hub) -> N
     assert weights(hub) == ["model.safetensors"]
 
 
+def test_another_rank_of_the_stage_finds_what_the_first_has_brought(
+    tmp_path: Path, hub: Hub
+) -> None:
+    stage = Stage(tmp_path, "maker/sharded", "1:2")
+    folder = stage.bring()
+    weights(hub)
+    said = list(stage.said)
+    assert (stage.bring(), stage.said, weights(hub)) == (folder, said, [])
+
+
 def test_without_safetensors_a_stage_says_that_it_fetches_all(tmp_path: Path, hub: Hub) -> None:
     stage = Stage(tmp_path, "maker/pickled")
     folder = stage.bring()
