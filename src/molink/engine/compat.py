@@ -1,7 +1,7 @@
 """Touches on vLLM 0.32.0 that are not public API, with what would break each.
 
-The scheduler overrides `schedule` and `update_from_output`, and the server repeats the body of
-vLLM's `run_server`: those two stand where they are read with the rest.
+The scheduler overrides `schedule` and `update_from_output`, and the server wraps `build_app`: those
+stand where they are read with the rest.
 """
 
 import json
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import parallel_state
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker import cpu_worker, gpu_worker
 
@@ -170,3 +172,21 @@ def unsampled_generators(worker: Any, output: SchedulerOutput) -> Iterator[None]
         yield
     finally:
         generators.update(saved)
+
+
+def spare_tokens_without_adapter(config: VllmConfig) -> None:
+    """Keep tokens of requests without an adapter free of the adapters of others, on a CPU.
+
+    vLLM marks them with index -1, and its operations in plain torch take that for the last slot.
+    """
+    if config.lora_config is None or not current_platform.is_cpu():
+        return
+    shrink = lora_ops.bgmv_shrink
+
+    def bgmv_shrink(
+        inputs: Any, weights: Any, output: Any, indices: torch.Tensor, scaling: float = 1.0
+    ) -> None:
+        shrink(inputs, weights, output, indices, scaling)
+        output[indices < 0] = 0.0
+
+    lora_ops.bgmv_shrink = bgmv_shrink  # `sgmv_shrink`, the one that is used, looks it up there

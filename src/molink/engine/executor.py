@@ -13,13 +13,16 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from molink.core.errors import MolinkError, StageError
+from molink.core.errors import MolinkError, StageError, UsageError
 from molink.core.ids import NodeId
 from molink.engine import compat
+from molink.engine.adapters import adapter_digest
 from molink.engine.config import resolve
 from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
 from molink.engine.grammar import pack_grammar
@@ -31,6 +34,7 @@ from molink.wire.to_engine import PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 REPORT_INTERVAL_S = 1.0
+_Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # method, arguments
 
 STARTUP_CALLS = frozenset(
     {
@@ -53,7 +57,8 @@ class PipelineExecutor(Executor):
     def _init_executor(self) -> None:
         die_with_parent()
         self._codec = build_codec()
-        self._startup: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+        self._startup: list[_Call] = []
+        self._adapters: dict[int, tuple[LoRARequest, str]] = {}  # with their digests
         self._is_started = False  # all start-up calls were made and answered
         self._step: tuple[int, int, Future[Any], bool] | None = None
         self._session = EngineSession(
@@ -176,6 +181,30 @@ class PipelineExecutor(Executor):
         common = [name for name in lists[0] if all(name in other for other in lists)]
         return [common] * len(lists)
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter on every stage, or on none.
+
+        Raises:
+            LoRAAdapterNotFoundError: the head has no such adapter.
+            StageError: a stage has none, or another one.
+        """
+        try:
+            adapter = lora_request, adapter_digest(lora_request)
+        except UsageError as error:
+            name, path = lora_request.lora_name, lora_request.lora_path
+            raise LoRAAdapterNotFoundError(name, path) from error
+        try:
+            answers = self.collective_rpc("add_lora", args=adapter)
+        except StageError:
+            self.remove_lora(lora_request.lora_int_id)
+            raise
+        self._adapters[lora_request.lora_int_id] = adapter
+        return all(answers)
+
+    def remove_lora(self, lora_id: int) -> bool:
+        self._adapters.pop(lora_id, None)
+        return all(self.collective_rpc("remove_lora", args=(lora_id,)))
+
     def check_health(self) -> None:
         """The engine stays up while its pipeline is down; requests are refused meanwhile."""
 
@@ -195,7 +224,8 @@ class PipelineExecutor(Executor):
         epoch, failed = repaired.pipeline.epoch, None
         try:
             self._load(repaired.replaced)
-            for method, args, kwargs in self._startup:
+            adapters: list[_Call] = [("add_lora", args, {}) for args in self._adapters.values()]
+            for method, args, kwargs in [*self._startup, *adapters]:
                 for future in self._call(method, args, kwargs, repaired.replaced):
                     future.result()
             stages = range(len(self._session.pipeline.stages))

@@ -15,3 +15,15 @@ class LostStep(ModelRunnerOutput):
         lost = cls(req_ids=[], req_id_to_index={})
         lost.reason = reason
         return lost
+
+
+class Losses:
+    """How often this process's pipeline was lost: the session counts, the scheduler compares.
+
+    An idle pipeline has no step to lose, but what it had cached is gone all the same.
+    """
+
+    count = 0
+
+
+losses = Losses()

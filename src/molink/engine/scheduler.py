@@ -10,7 +10,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from molink.core.errors import WireError
-from molink.engine.lost import LostStep
+from molink.engine.lost import LostStep, losses
 from molink.engine.types import build_codec
 from molink.planning.micro_batches import (
     decodes_per_step,
@@ -26,6 +26,7 @@ class PipelineScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self._codec = build_codec()
         self._refused: list[Request] = []
+        self._losses = losses.count  # those that the prefix cache knows of
         self._num_stages: int = self.parallel_config.pipeline_parallel_size
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._enough = pending_that_fills(self._max_tokens, self._num_stages)
@@ -44,19 +45,59 @@ class PipelineScheduler(Scheduler):
             self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        self._forget_lost_prefixes()
+        self._limit_adapters()
         num_decodes = self._choose_decodes()
         self.max_num_scheduled_tokens = self._token_budget(num_decodes)
         return super().schedule(throttle_prefills)
 
+    def _forget_lost_prefixes(self) -> None:
+        """Empty the prefix cache of a pipeline that was lost while no step was in flight.
+
+        While requests run this waits: their own lost steps will end them.
+        """
+        if self._losses != losses.count and not self.running and self.reset_prefix_cache():
+            self._losses = losses.count
+
+    def _ready(self) -> list[Request]:
+        """Running requests with something to compute; first those held back last time."""
+        step = self.current_step + 1  # vLLM counts the step before it looks
+        ready = [
+            r
+            for r in self.running
+            if r.num_tokens > r.num_computed_tokens and r.next_decode_eligible_step <= step
+        ]
+        return sorted(ready, key=lambda r: -r.next_decode_eligible_step)
+
+    def _hold_back(self, request: Request) -> None:
+        """Leave a request out of this step, not of the next."""
+        request.next_decode_eligible_step = self.current_step + 2
+
+    def _limit_adapters(self) -> None:
+        """Hold back requests that need more adapters than one step may have.
+
+        vLLM counts them only where it admits a request, among those of the same step. Those it
+        admitted to different steps meet later, and it ends with an assertion.
+        """
+        if self.lora_config is None:
+            return
+        adapters: set[int] = set()
+        for request in self._ready():
+            adapter = request.lora_request and request.lora_request.lora_int_id
+            if adapter is None or adapter in adapters:
+                continue
+            if len(adapters) < self.lora_config.max_loras:
+                adapters.add(adapter)
+            else:
+                self._hold_back(request)
+
     def _choose_decodes(self) -> int:
         """Hold back the decodes that make this step larger than its share; how many stay."""
-        decoding = [r for r in self.running if r.num_tokens - r.num_computed_tokens <= 1]
-        ready = [r for r in decoding if r.num_tokens > r.num_computed_tokens]
-        ready.sort(key=lambda r: -r.next_decode_eligible_step)  # first those held back last time
-        share = decodes_per_step(len(decoding), self._num_stages)
+        num_decoding = sum(r.num_tokens - r.num_computed_tokens <= 1 for r in self.running)
+        ready = [r for r in self._ready() if r.num_tokens - r.num_computed_tokens == 1]
+        share = decodes_per_step(num_decoding, self._num_stages)
         for request in ready[share:]:
-            # vLLM counts the step before it looks; it takes this request in the one after.
-            request.next_decode_eligible_step = self.current_step + 2
+            self._hold_back(request)
         return min(len(ready), share)
 
     def _token_budget(self, num_decodes: int) -> int:

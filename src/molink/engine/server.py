@@ -1,20 +1,15 @@
 """vLLM's own OpenAI server over a pipeline."""
 
-import socket
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import vllm.envs as envs
 from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-from vllm.entrypoints.launchers.launcher import serve_http, setup_server
 
 from molink.core.errors import UsageError
 from molink.engine.config import FlagParser, engine_flags_of
@@ -70,36 +65,25 @@ async def serve(
     arguments.distributed_executor_backend = PipelineExecutor
     arguments.scheduler_cls = SCHEDULER
     arguments.async_scheduling = False
-    _, listening = setup_server(arguments, reuse_port=False)
-    async with AsyncExitStack() as stack:
-        with _saying_what_is_wrong():
-            client = await stack.enter_async_context(build_async_engine_client(arguments))
-        tasks = await client.get_supported_tasks()
-        app = build_app(arguments, tasks, client.model_config)
+    with _customised_app(customise), _saying_what_is_wrong():
+        await entry.run_server(arguments)
+
+
+@contextmanager
+def _customised_app(customise: Callable[[Any], None]) -> Iterator[None]:
+    """Show `customise` the application that `run_server` builds.
+
+    `run_server` finds `build_app` in its own module; breaks if it gets it from elsewhere.
+    """
+    build_app = entry.build_app
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        app = build_app(*args, **kwargs)
         customise(app)
-        await init_app_state(client, app.state, arguments, tasks)
-        shutdown = await _serve_http(app, listening, arguments)
+        return app
+
+    entry.build_app = build
     try:
-        await shutdown
+        yield
     finally:
-        listening.close()
-
-
-async def _serve_http(app: Any, listening: socket.socket, arguments: Namespace) -> Any:
-    return await serve_http(
-        app,
-        sock=listening,
-        enable_ssl_refresh=arguments.enable_ssl_refresh,
-        host=arguments.host,
-        port=arguments.port,
-        log_level=arguments.uvicorn_log_level,
-        access_log=not arguments.disable_uvicorn_access_log,
-        timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
-        ssl_keyfile=arguments.ssl_keyfile,
-        ssl_certfile=arguments.ssl_certfile,
-        ssl_ca_certs=arguments.ssl_ca_certs,
-        ssl_cert_reqs=arguments.ssl_cert_reqs,
-        ssl_ciphers=arguments.ssl_ciphers,
-        h11_max_incomplete_event_size=arguments.h11_max_incomplete_event_size,
-        h11_max_header_count=arguments.h11_max_header_count,
-    )
+        entry.build_app = build_app

@@ -15,6 +15,7 @@ from typing import Any
 
 from molink.core.errors import MolinkError, StageError, WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
+from molink.engine.lost import losses
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_engine
 from molink.wire.assembly import Message
@@ -176,6 +177,7 @@ class EngineSession:
     def _fail_all(self, reason: str) -> None:
         with self._lock:
             self._lost = self.down = reason
+            losses.count += 1
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(StageError(reason))

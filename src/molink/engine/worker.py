@@ -12,6 +12,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from molink.engine import compat
 from molink.engine.activations import Emit, sender_for
+from molink.engine.adapters import check_adapter
 from molink.engine.config import stage_config
 from molink.engine.environment import set_partition
 from molink.engine.group import StageGroup
@@ -56,6 +57,7 @@ class StageWorker:
         self._worker.load_model()
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
+        compat.spare_tokens_without_adapter(config)
 
     def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
         # vLLM names shared memory after this file, so its name is that of no other stage.
@@ -96,5 +98,9 @@ class StageWorker:
         compat.forget_requests(self._worker.worker)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of vLLM's worker."""
+        """Call a method of vLLM's worker; an adapter must be the one the head has."""
+        if method == "add_lora":
+            request, digest = args
+            check_adapter(request, digest)
+            args = (request,)
         return getattr(self._worker, method)(*args, **kwargs)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.lora.request import LoRARequest
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
@@ -22,6 +25,7 @@ from molink.core.errors import StageError, UsageError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.engine import executor as executor_module
 from molink.engine import session as session_module
+from molink.engine.adapters import adapter_digest
 from molink.engine.config import resolve
 from molink.engine.environment import FLAGS_VARIABLE, SOCKET_VARIABLE
 from molink.engine.executor import PipelineExecutor
@@ -454,6 +458,55 @@ def test_kv_layouts_are_those_that_all_workers_have_in_the_firsts_order(head: He
     check()
     head.agent.answer = lambda *_: ["LBHNC", "BLHNC"]
     assert head.executor.get_supported_kv_cache_layouts()[0] == ["LBHNC", "BLHNC"]
+
+
+# --- adapters
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> LoRARequest:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return LoRARequest("own", 3, str(tmp_path))
+
+
+def test_every_stage_is_told_what_the_heads_adapter_is(head: Head, adapter: LoRARequest) -> None:
+    head.agent.answer = lambda *_: True
+    assert head.executor.add_lora(adapter)
+    call = ("add_lora", (adapter, adapter_digest(adapter)), {})
+    assert head.agent.calls() == [(node, call) for node in NODES]
+
+
+def test_an_adapter_that_one_stage_lacks_is_on_none(head: Head, adapter: LoRARequest) -> None:
+    head.agent.answer = lambda node, rank, method: (
+        StageError("no such adapter") if (node, method) == (7, "add_lora") else True
+    )
+    with pytest.raises(StageError, match="node-7: no such adapter"):
+        head.executor.add_lora(adapter)
+    removed = [(node, ("remove_lora", (3,), {})) for node in NODES]
+    assert head.agent.calls()[len(NODES) :] == removed
+
+
+def test_an_adapter_that_the_head_lacks_is_asked_of_no_stage(head: Head) -> None:
+    with pytest.raises(LoRAAdapterNotFoundError, match="No adapter found for /nowhere"):
+        head.executor.add_lora(LoRARequest("own", 3, "/nowhere"))
+    assert not head.agent.calls()
+
+
+def test_a_replaced_stage_gets_the_adapters_that_are_loaded(
+    head: Head, adapter: LoRARequest
+) -> None:
+    head.agent.answer = lambda *_: True
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    head.executor.add_lora(adapter)
+    head.executor.add_lora(LoRARequest("gone", 4, adapter.lora_path))
+    head.executor.remove_lora(4)
+    head.agent.lose("node-0 went away")
+    head.agent.sent.clear()
+    reported = wait_for_report(head.executor)
+    head.agent.tell(PipelineRepaired(head.agent.pipeline, [1]))
+    assert reported.result(10) is None
+    [(node, (_, (request, _), _))] = [c for c in head.agent.calls() if c[1][0] == "add_lora"]
+    assert (node, request) == (0, adapter)
 
 
 # --- repair

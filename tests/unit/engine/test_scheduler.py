@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -23,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from molink.engine.lost import LostStep
+from molink.engine.lost import LostStep, losses
 from molink.engine.scheduler import PipelineScheduler
 from molink.planning.micro_batches import decodes_per_step, pending_that_fills
 
@@ -52,10 +53,15 @@ class Engine:
         self.outputs: list[EngineCoreOutput] = []
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
-    def add(self, name: str, prompt: int | list[int], **params: Any) -> None:
+    def add(
+        self, name: str, prompt: int | list[int], adapter: int | None = None, **params: Any
+    ) -> None:
         tokens = [len(name) + i for i in range(prompt)] if isinstance(prompt, int) else prompt
         sampling = SamplingParams(**{"max_tokens": 300, "ignore_eos": True} | params)
-        request = Request(name, tokens, sampling, None, block_hasher=self._hasher)
+        lora = LoRARequest(f"adapter-{adapter}", adapter, "path") if adapter else None
+        request = Request(
+            name, tokens, sampling, None, lora_request=lora, block_hasher=self._hasher
+        )
         self.scheduler.add_request(request)
 
     def step(self) -> dict[str, int]:
@@ -368,3 +374,50 @@ def test_prefixes_are_cached_until_a_step_is_lost(make: Make) -> None:
         engine.drain()
     taken = {name: number for step in engine.steps for name, number in step.items()}
     assert taken == {"first": len(prompt), "second": 1, "third": 1, "fourth": len(prompt)}
+
+
+def test_an_idle_pipeline_that_is_lost_has_no_prefixes_left(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(2)
+    for name in ("before", "again"):
+        engine.add(name, list(range(100)), max_tokens=1)
+        engine.drain()
+    monkeypatch.setattr(losses, "count", losses.count + 1)
+    engine.add("after", list(range(100)), max_tokens=1)
+    engine.drain()
+    computed = {name: sum(step.get(name, 0) for step in engine.steps) for name in engine.ended}
+    assert computed == {"before": 100, "again": 100 - 100 // BLOCK * BLOCK, "after": 100}
+
+
+# --- adapters
+
+MAX_LORAS = 2
+requests = st.tuples(st.integers(0, 3), st.integers(1, 200), st.integers(1, 12))
+
+
+@pytest.fixture(scope="module")
+def config_with_adapters(make_config: MakeConfig) -> VllmConfig:
+    config = make_config("--enable-lora", f"--max-loras={MAX_LORAS}", "--max-num-batched-tokens=64")
+    config.cache_config.num_gpu_blocks = NUM_BLOCKS
+    return config
+
+
+@quick
+@given(st.lists(requests, min_size=1, max_size=16))
+def test_a_step_has_no_more_adapters_than_a_stage(
+    config_with_adapters: VllmConfig, asked: list[tuple[int, int, int]]
+) -> None:
+    """Where plain vLLM ends: requests admitted to different steps meet in one."""
+    engine = Engine(config_with_adapters, StructuredOutputManager(config_with_adapters))
+    adapters: dict[str, int] = {}
+    for index, (adapter, prompt, answer) in enumerate(asked):
+        adapters[f"request-{index}"] = adapter
+        engine.add(f"request-{index}", prompt, adapter or None, max_tokens=answer)
+        if prompt % 2:
+            engine.step()
+    engine.drain()
+    for step in engine.steps:
+        assert len({adapters[name] for name in step} - {0}) <= MAX_LORAS
+    assert engine.ended.keys() == adapters.keys()
+    engine.check_blocks()
