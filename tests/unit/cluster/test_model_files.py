@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.e2e.hub import COMMIT, Hub
 
@@ -196,6 +196,7 @@ def test_a_header_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
         read_model(folder)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 300))
 def test_random_and_cut_files_give_facts_or_a_clean_error(
     tmp_path_factory: pytest.TempPathFactory, noise: bytes, cut: int
