@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.e2e.architectures.remote import CONFIGURATION, remote_shapes
 from tests.e2e.architectures.table import COMMON, Architecture
 from tests.e2e.models import copy_tokenizer, vocabulary_size
@@ -93,6 +93,7 @@ def _save_vision(
         **own,
     )
     _save(AutoModelForImageTextToText.from_config(config), architecture, folder)
+    _rename_as_published(folder / "model.safetensors")
     side = config.vision_config.image_size
     image_sizes = {
         "size": {"shortest_edge": side},
@@ -113,3 +114,13 @@ def _save_vision(
         num_additional_image_tokens=1,
     )
     processor.save_pretrained(folder)
+
+
+def _rename_as_published(file: Path) -> None:
+    """transformers now saves a CLIP tower without the level that published checkpoints have."""
+    tower = "vision_tower."
+    tensors = {
+        name.replace(tower, f"{tower}vision_model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})

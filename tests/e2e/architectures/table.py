@@ -27,9 +27,22 @@ COMMON: Sizes = {
 OLD_NAMES: Sizes = {"n_layer": NUM_LAYERS, "n_head": HEADS, "n_embd": HIDDEN}
 MANY_HEADS: Sizes = {"num_key_value_heads": HEADS}
 SLIDING: Sizes = {"sliding_window": 32}
+TWO_KINDS: Sizes = {**SLIDING, "layer_types": ["sliding_attention", "full_attention"] * 2}
 ROPE: Sizes = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 LATENT: Sizes = {
     **MANY_HEADS,
+    # As published. For the default type, vLLM's kernel for CPU misreads queries of three dimensions,
+    # and the tokens of a batch mix.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": MAX_MODEL_LEN // 4,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
     "kv_lora_rank": 512,
     "q_lora_rank": 64,
     "qk_nope_head_dim": 128,
@@ -78,7 +91,8 @@ class Architecture:
     vision: Sizes | None = None
 
 
-_ALL = (
+# Those of the systems that MoLink replaces.
+NAMED = (
     Architecture("BaichuanForCausalLM", "baichuan", "", is_remote=True),
     Architecture(
         "BloomForCausalLM",
@@ -221,4 +235,71 @@ _ALL = (
         "LlavaLlamaForCausalLM", "llava", "Yi-VL and LLaVA as first published", is_remote=True
     ),
 )
-ARCHITECTURES = {architecture.name: architecture for architecture in _ALL}
+
+OTHERS = (
+    Architecture(
+        "Cohere2ForCausalLM",
+        "cohere2",
+        "Command-R7B: sliding and full attention in turn",
+        {**TWO_KINDS, "logit_scale": 0.5, "tie_word_embeddings": True},
+    ),
+    Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        "sliding and full attention in turn",
+        {**TWO_KINDS, "head_dim": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
+        spread=0.02,
+    ),
+    Architecture("Glm4ForCausalLM", "glm4", "norms after each block", {"head_dim": 64}),
+    Architecture(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        "attention sinks, experts",
+        {**TWO_KINDS, "head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    Architecture(
+        "GraniteForCausalLM",
+        "granite",
+        "scaled residuals and logits",
+        {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1},
+    ),
+    Architecture(
+        "Lfm2ForCausalLM",
+        "lfm2",
+        "convolution and attention in turn",
+        {
+            "layer_types": ["conv", "full_attention"] * 2,
+            "block_auto_adjust_ff_dim": False,
+            "block_dim": HIDDEN,
+            "block_ff_dim": 512,
+            "conv_dim": HIDDEN,
+            "conv_dim_out": HIDDEN,
+            "tie_word_embeddings": True,
+        },
+    ),
+    Architecture(
+        "Mamba2ForCausalLM",
+        "mamba2",
+        "state space",
+        {"num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1, "chunk_size": 64},
+    ),
+    Architecture(
+        "OlmoeForCausalLM", "olmoe", "experts", {"num_experts": 4, "num_experts_per_tok": 2}
+    ),
+    Architecture(
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        "gated delta net and attention, experts",
+        {
+            **QWEN_EXPERTS,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "head_dim": 64,
+            "shared_expert_intermediate_size": 128,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
+)
+ARCHITECTURES = {architecture.name: architecture for architecture in (*NAMED, *OTHERS)}

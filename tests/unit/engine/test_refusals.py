@@ -100,7 +100,7 @@ def test_mixed_attention_wants_stages_of_equal_size(
 def test_a_model_that_vllm_cannot_split_is_refused(head_config: VllmConfig) -> None:
     refuse_indivisible(head_config.model_config)
     other = changed(head_config.model_config, "_model_info.supports_pp", False)
-    with pytest.raises(UsageError, match="LlamaForCausalLM.* cannot be split over nodes"):
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM.* cannot be split over nodes"):
         refuse_indivisible(other)
 
 
