@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tests.e2e.cluster import ENVIRONMENT, FLAGS, Request
 TIMEOUT_S = 180.0
 ENDS_S = 10.0
 LOG = "reference.log"
+NO_CHANGES: Mapping[str, str] = {}
 PRELOADED = [
     "vllm.entrypoints.llm",
     "vllm.v1.engine.llm_engine",
@@ -35,12 +36,12 @@ def reference_tokens(
     model: Path,
     requests: Sequence[Request],
     flags: Sequence[str],
-    customise: Path | None = None,
+    environment: Mapping[str, str] = NO_CHANGES,
 ) -> list[list[int]]:
     """The tokens that one process answers each request with.
 
     Args:
-        customise: folder of a `sitecustomize.py`, for this process and those it starts.
+        environment: of this process and those it starts; a PYTHONPATH with a `sitecustomize.py`.
 
     Raises:
         ReferenceError: it does not run.
@@ -49,7 +50,7 @@ def reference_tokens(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
-    arguments = (model, requests, flags, sender, customise)
+    arguments = (model, requests, flags, sender, dict(environment))
     process = context.Process(target=_answer, args=arguments, daemon=True)
     process.start()
     sender.close()
@@ -73,14 +74,14 @@ def _answer(
     requests: Sequence[Request],
     flags: Sequence[str],
     sender: Connection,
-    customise: Path | None = None,
+    environment: dict[str, str],
 ) -> None:
     with (model / LOG).open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
-    if customise:
-        os.environ["PYTHONPATH"] = str(customise)
-        runpy.run_path(str(customise / "sitecustomize.py"))
+    os.environ.update(environment)
+    if path := environment.get("PYTHONPATH"):
+        runpy.run_path(f"{path}/sitecustomize.py")
     try:
         sender.send(_generate(model, requests, flags))
     except BaseException as error:

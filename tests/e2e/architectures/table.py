@@ -31,8 +31,8 @@ TWO_KINDS: Sizes = {**SLIDING, "layer_types": ["sliding_attention", "full_attent
 ROPE: Sizes = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 LATENT: Sizes = {
     **MANY_HEADS,
-    # As published. For the default type, vLLM's kernel for CPU misreads queries of three dimensions,
-    # and the tokens of a batch mix.
+    # As published. With the default type, vLLM's kernel for CPU misreads queries of three
+    # dimensions, and the tokens of a batch mix.
     "rope_parameters": {
         "rope_type": "yarn",
         "rope_theta": 10_000.0,
@@ -93,7 +93,7 @@ class Architecture:
 
 # Those of the systems that MoLink replaces.
 NAMED = (
-    Architecture("BaichuanForCausalLM", "baichuan", "", is_remote=True),
+    Architecture("BaichuanForCausalLM", "baichuan", "Baichuan 1 and 2", is_remote=True),
     Architecture(
         "BloomForCausalLM",
         "bloom",
@@ -206,7 +206,7 @@ NAMED = (
         "PhiForCausalLM", "phi", "part of each head rotated; by transformers' code", MANY_HEADS
     ),
     Architecture("Phi3ForCausalLM", "phi3", "fused projections"),
-    Architecture("QWenLMHeadModel", "qwen", "", is_remote=True),
+    Architecture("QWenLMHeadModel", "qwen", "Qwen 1", is_remote=True),
     Architecture("Qwen2ForCausalLM", "qwen2", "biased projections"),
     Architecture(
         "Qwen2MoeForCausalLM",
