@@ -21,6 +21,7 @@ from molink.node.enrolment import request_identity
 from molink.node.home import ClusterFolder, RunFolder, known_clusters
 from molink.node.member import MemberAgent, MemberSettings
 from molink.node.stage_host import StageHost
+from molink.node.surroundings import recognise
 from molink.transport.identity import NodeIdentity
 from molink.transport.server import TunnelChannel, fetch_status
 from molink.transport.token import JoinToken
@@ -96,10 +97,20 @@ def join(
             versions=own_versions(),
             stage=stage_settings(model or "", flags, send=True),
         )
+        _say_surroundings(settings)
         http = None if port is None else (host, port)
         run_until_signal(lambda on_signal: _join(on_signal, invitation, addresses, settings, http))
     except MolinkError as error:
         fail(error)
+
+
+def _say_surroundings(settings: MemberSettings) -> None:
+    here = recognise()
+    notes = [here.for_ranks(settings.stage.tensor_parallel_size)]
+    if settings.advertise is None:
+        notes.append(here.for_node())
+    for note in filter(None, notes):
+        say(note)
 
 
 def _read_token(token: str | None, file: Path | None, head: str | None) -> JoinToken:

@@ -38,7 +38,8 @@ from molink.gateway import chat_stop, chat_templates
 from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
-from molink.node.stage_host import StageHost
+from molink.node.stage_host import StageHost, StageSettings
+from molink.node.surroundings import recognise
 from molink.transport.identity import (
     AUTHORITY_LIFETIME,
     ClusterAuthority,
@@ -50,6 +51,7 @@ from molink.transport.tunnel import TunnelExit
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY_MODEL = "default"  # a name that the model has beside its own
 GENERATE_MIDDLEWARE = "molink.gateway.generate.GenerateMiddleware"
 CHAT_STOP_MIDDLEWARE = "molink.gateway.chat_stop.ChatStopMiddleware"
@@ -99,6 +101,7 @@ def serve(
         check_device(device)
         check_addresses({"--listen": listen, "--advertise": advertise})
         _check_http(host, port, flags)
+        _say_surroundings(host, port, stage_settings(model, flags, send=False))
         if nodes in (None, 1) and layers is None:
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
@@ -124,6 +127,15 @@ def serve(
         )
     except MolinkError as error:
         fail(error)
+
+
+def _say_surroundings(host: str, port: int, stage: StageSettings) -> None:
+    here = recognise()
+    notes = [here.for_ranks(stage.tensor_parallel_size)]
+    if host in LOOPBACK:
+        notes.append(here.for_api(port))
+    for note in filter(None, notes):
+        say(note)
 
 
 def _settings(
@@ -262,6 +274,9 @@ def _print_invitation(
     _write_private(token_file, text + "\n")
     say(f"MoLink gRPC server works at {token.addresses[0]}")
     say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
+    is_local = settings.listen.rpartition(":")[0].strip("[]") in LOOPBACK
+    if settings.advertise is None and not is_local and (note := recognise().for_head(port)):
+        say(note)
     say("on the next machine, run (the token is good for 24 hours):")
     typer.echo(f"\n    molink join --token {text}\n")
 
@@ -349,7 +364,7 @@ def _check_http(host: str, port: int, flags: list[str]) -> None:
                 "choose another --port or --host"
             ) from None
     has_key = value_of(flags, "--api-key") or os.environ.get("VLLM_API_KEY")
-    if host not in ("127.0.0.1", "localhost", "::1") and not has_key:
+    if host not in LOOPBACK and not has_key:
         say(f"warning: the API on {host}:{port} is open to everybody who reaches it; use --api-key")
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from molink.cli import join as command
 from molink.core.errors import LinkError
+from molink.node.surroundings import Place, Surroundings
 from molink.transport.identity import ClusterAuthority
 from molink.transport.token import JoinToken, new_secret
 
@@ -140,3 +141,26 @@ def test_nothing_is_left_of_a_join_that_failed(
     run("join", "--token", TOKEN)
     assert list(tmp_path.glob("molink-*")) == []
     assert list(home.rglob("*.pem")) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "arguments", "words"),
+    [
+        (Surroundings(Place.MACHINE, False, 64 << 20), [], []),
+        (Surroundings(Place.WSL2, True, None), [], ["this is WSL 2"]),
+        (Surroundings(Place.WSL2, True, None), ["--advertise", "192.168.1.5:7172"], []),
+        (Surroundings(Place.DOCKER, True, 64 << 20), ["-tp", "2"], ["this is a Docker", "64 MiB"]),
+    ],
+)
+def test_what_the_surroundings_mean_is_said(
+    run: Run,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    here: Surroundings,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(command, "recognise", lambda: here)
+    said = run("join", "--token", TOKEN, *arguments).said
+    assert said.count("molink  ") == len(words)
+    assert all(word in said for word in words)

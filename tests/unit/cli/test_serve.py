@@ -13,6 +13,7 @@ from molink.cli import serve
 from molink.cli.serve import _slug, _write_private
 from molink.core.errors import UsageError
 from molink.node.head import HeadAgent
+from molink.node.surroundings import Place, Surroundings
 from molink.transport.token import JoinToken
 
 from .conftest import Run
@@ -326,3 +327,27 @@ def test_a_mistake_leaves_no_folder(run: Run, home: Path, model: Path, port: int
     outcome = run("serve", model, "--port", port, "--layers", "5:2", *LOCAL)
     assert outcome.status == 2
     assert not home.exists() or list(home.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "2"], ["-p 7171:7171", "the API on loopback"]),
+        (["--nodes", "2", "--listen", "127.0.0.1:0"], ["the API on loopback"]),
+        (["--nodes", "2", "--advertise", "192.168.1.5:7171"], ["the API on loopback"]),
+        (["--nodes", "2", "--host", "0.0.0.0", "--advertise", "192.168.1.5:7171"], []),
+        (["--nodes", "2", "-tp", "2"], ["-p 7171:7171", "the API on loopback", "64 MiB"]),
+    ],
+)
+def test_what_a_container_means_is_said(
+    run: Run,
+    model: Path,
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.setattr(serve, "recognise", lambda: Surroundings(Place.DOCKER, True, 64 << 20))
+    said = run("serve", model, "--port", port, *arguments).said
+    for note in ("-p 7171:7171", "the API on loopback", "64 MiB"):
+        assert (note in said) == (note in words), said
