@@ -17,6 +17,8 @@ COMMON = (
     "--block-size=32",
     # Otherwise such models fill their JSON with blanks.
     '--structured-outputs-config={"backend": "xgrammar", "disable_any_whitespace": true}',
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
 )
 # Prompts longer than 64 tokens are cut, and more requests come than fit into a batch.
 PIPELINE = (*COMMON, "--max-num-batched-tokens=64", f"--max-num-seqs={MAX_NUM_SEQS}")
@@ -37,7 +39,7 @@ class Case:
 TIGHT = "llama-3"  # so little KV memory that requests preempt one another
 TWO_STAGES = "llama-2"
 CASES = {
-    TWO_STAGES: Case("llama", nodes=2),
+    TWO_STAGES: Case("llama", nodes=2, flags=("--scheduling-policy=priority",)),
     TIGHT: Case("llama", layers=("0:2", "2:3", "3:-1"), flags=("--num-gpu-blocks-override=48",)),
     "qwen3-2": Case("qwen3", layers=("3:8", "0:3")),  # the head's stage is the last one
     "qwen3-3": Case("qwen3", nodes=3),

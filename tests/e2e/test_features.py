@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -25,6 +26,24 @@ SCHEMA = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"enum": ["Paris", "Rome", "Oslo"]}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("weather", "time")
+]
 
 
 def choices(answer: Answer) -> list[Answer]:
@@ -133,6 +152,97 @@ def test_schema_through_the_chat_api(pipeline: Cluster) -> None:
     assert json.loads(answer.choices[0].message.content or "").keys() == {"name", "age"}
 
 
+def test_prompt_logprobs(pipeline: Cluster, reference: Cluster) -> None:
+    """Also of prompts that are cut."""
+    requests = [
+        make_completion(prompt, prompt_logprobs=3, max_tokens=2)
+        for prompt in make_prompts([3, 65, 150])
+    ]
+    for found, expected in zip(pipeline.ask(requests), reference.ask(requests), strict=True):
+        ours, theirs = (choices(answer)[0]["prompt_logprobs"] for answer in (found, expected))
+        assert len(ours) == len(theirs)
+        for here, there in zip(ours[1:], theirs[1:], strict=True):
+            assert here.keys() == there.keys()
+            for token in here:
+                assert here[token]["rank"] == there[token]["rank"]
+                assert here[token]["logprob"] == pytest.approx(
+                    there[token]["logprob"], abs=TOLERANCE
+                )
+
+
+def test_beam_search(pipeline: Cluster, reference: Cluster) -> None:
+    request = make_completion(make_prompt(40, seed=8), use_beam_search=True, n=3, max_tokens=10)
+    texts = [choice["text"] for choice in choices(pipeline.ask([request])[0])]
+    assert texts == [choice["text"] for choice in choices(reference.ask([request])[0])]
+    assert len(set(texts)) == 3
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}, "auto", "none"]
+)
+def test_tool_calls(pipeline: Cluster, reference: Cluster, choice: object) -> None:
+    request = {
+        "messages": [{"role": "user", "content": "What is the weather in Rome?"}],
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "max_tokens": 300,
+        "temperature": 0.0,
+    }
+
+    def answer(cluster: Cluster) -> tuple[str | None, list[tuple[str, str]]]:
+        [found] = cluster.ask([request], "/v1/chat/completions")
+        message = choices(found)[0]["message"]
+        functions = [call["function"] for call in message.get("tool_calls") or []]
+        return message["content"], [(f["name"], f["arguments"]) for f in functions]
+
+    content, calls = answer(pipeline)
+    assert (content, calls) == answer(reference)
+    if choice in ("auto", "none"):
+        assert content
+    else:
+        assert {name for name, _ in calls} <= {"weather", "time"}
+        assert all(json.loads(arguments).keys() == {"city"} for _, arguments in calls)
+        assert calls
+
+
+def test_priority(pipeline: Cluster) -> None:
+    """A request that comes last, and is urgent, ends before those that wait."""
+    waiting = [
+        make_completion(prompt, max_tokens=60, ignore_eos=True, priority=5)
+        for prompt in make_prompts([40] * 3 * MAX_NUM_SEQS)
+    ]
+    urgent = make_completion(make_prompt(40, seed=99), max_tokens=20, priority=-5)
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        slow = threads.submit(pipeline.ask, waiting)
+        eventually(
+            lambda: pipeline.metrics()["vllm:num_requests_waiting"] >= MAX_NUM_SEQS,
+            20,
+            "requests wait",
+        )
+        pipeline.ask([urgent])
+        assert pipeline.metrics()["vllm:num_requests_waiting"] > 0
+        assert not slow.done()
+        slow.result()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("/v1/responses", {"input": "Hello", "max_output_tokens": 8}, "output_text"),
+        (
+            "/v1/messages",
+            {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8},
+            "max_tokens",
+        ),
+        ("/tokenize", {"prompt": "Hello"}, "tokens"),
+    ],
+)
+def test_other_apis_of_vllm(
+    pipeline: Cluster, path: str, body: dict[str, object], words: str
+) -> None:
+    assert words in json.dumps(pipeline.ask([{"temperature": 0.0, **body}], path))
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "says"),
     [
@@ -140,6 +250,10 @@ def test_schema_through_the_chat_api(pipeline: Cluster) -> None:
         ({"prompt": [10**9]}, 400, "out of vocabulary"),
         ({"temperature": "warm"}, 400, "temperature"),
         ({"structured_outputs": {"regex": "(["}}, 400, "regex"),
+        ({"structured_outputs": {"json": {"type": "nonsense"}}}, 400, "nonsense"),
+        ({"structured_outputs": {"grammar": "root ::= missing"}}, 400, "grammar"),
+        ({"prompt_logprobs": 10**6}, 400, "prompt_logprobs"),
+        ({"n": 0}, 400, "n"),
         ({"max_tokens": "many"}, 400, "max_tokens"),
         ({"prompt": None}, 400, "prompt"),
         ({"model": "another"}, 404, "another"),

@@ -5,21 +5,8 @@ from itertools import takewhile
 
 from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
+from molink.engine.owned_flags import name_of, refuse_owned
 from molink.node.stage_host import StageSettings
-
-_OURS = {
-    "--pipeline-parallel-size": "the number of nodes decides it; use --nodes or --layers",
-    "-pp": "the number of nodes decides it; use --nodes or --layers",
-    "--distributed-executor-backend": "MoLink brings its own executor",
-    "--scheduler-cls": "MoLink brings its own scheduler",
-    "--worker-cls": "MoLink brings its own worker",
-    "--data-parallel-size": "run one cluster for each replica",
-    "-dp": "run one cluster for each replica",
-    "--nnodes": "machines join with molink join",
-    "--headless": "machines join with molink join",
-    "--model": "it is the command's first argument, and an option of molink join",
-    "--uds": "the API is served over TCP; use --host and --port",
-}
 
 DEVICES = ("auto", "cpu", "cuda")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
@@ -35,10 +22,7 @@ def check_addresses(addresses: dict[str, str | None]) -> None:
 
 def check_flags(flags: list[str]) -> None:
     """Refuse flags that contradict a pipeline. Raises UsageError naming the flag."""
-    for flag in flags:
-        name = name_of(flag)
-        if name in _OURS:
-            raise UsageError(f"{name} cannot be given: {_OURS[name]}")
+    refuse_owned(flags)
     if flags and not flags[0].startswith("-"):
         raise UsageError(f"unexpected argument «{flags[0]}»")
 
@@ -101,9 +85,3 @@ def stage_settings(model: str, flags: list[str], *, send: bool) -> StageSettings
     if not size.isdigit() or int(size) < 1:
         raise UsageError(f"--tensor-parallel-size {size}: expected a positive number")
     return StageSettings(model, int(size), tuple(flags) if send else ())
-
-
-def name_of(flag: str) -> str:
-    """A flag without its value, in vLLM's spelling: dashes, no underscores."""
-    name = flag.partition("=")[0]
-    return name.replace("_", "-") if name.startswith("--") else name

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from molink.cli.console import complain, say
-from molink.cli.flags import check_addresses, name_of
+from molink.cli.flags import check_addresses
 from molink.core.errors import UsageError
+from molink.engine.owned_flags import name_of
 
 HOST = "0.0.0.0"  # vLLM's, and so the earlier versions': all interfaces
 PORT = "8000"

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from molink.cli.flags import name_of, value_of
+from molink.cli.flags import value_of
+from molink.engine.owned_flags import name_of
 
 _VLLM_NAMES = {
     "--tp": "--tensor-parallel-size",

@@ -15,6 +15,7 @@ from molink.core.errors import UsageError
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
+from molink.engine.owned_flags import refuse_owned
 from molink.engine.refusals import refuse_indivisible
 
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
@@ -31,9 +32,10 @@ def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any
     if arguments.served_model_name is None:
         arguments.served_model_name = [model]
     validate_parsed_serve_args(arguments)
-    with _saying_what_is_wrong():
-        refuse_indivisible(AsyncEngineArgs.from_cli_args(arguments).create_model_config())
     of_user = [flag for flag in parser.normalised if flag not in own]
+    with _saying_what_is_wrong():
+        refuse_owned(of_user)  # again: there may have been a file of flags
+        refuse_indivisible(AsyncEngineArgs.from_cli_args(arguments).create_model_config())
     return arguments, engine_flags_of(of_user)
 
 

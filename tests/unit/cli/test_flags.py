@@ -28,6 +28,11 @@ from molink.core.errors import UsageError
         ["--model=/elsewhere"],
         ["--uds", "/run/api"],
         ["--headless"],
+        ["--async-scheduling"],
+        ["--data-parallel-size-local", "2"],
+        ["-dpr", "1"],
+        ["--api_server_count=2"],
+        ["--grpc"],
     ],
 )
 def test_flags_that_contradict_a_pipeline_are_refused_by_name(flags: list[str]) -> None:
@@ -37,7 +42,7 @@ def test_flags_that_contradict_a_pipeline_are_refused_by_name(flags: list[str]) 
 
 
 def test_vllms_other_flags_pass() -> None:
-    check_flags(["--max-model-len", "512", "--enforce-eager", "-tp", "2"])
+    check_flags(["--max-model-len", "512", "--enforce-eager", "-tp", "2", "--no-async-scheduling"])
     check_flags([])
 
 

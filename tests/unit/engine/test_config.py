@@ -233,3 +233,14 @@ def test_flags_of_a_file_leave_the_head_without_its_secrets(tmp_path: Path) -> N
     file.write_text("max-num-seqs: 7\napi-key: secret\n")
     _, engine_flags = parse_flags(str(MODEL), "127.0.0.1", 8000, ["--config", str(file)])
     assert engine_flags == ["--max-num-seqs", "7"]
+
+
+def test_a_file_of_flags_cannot_contradict_a_pipeline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "flags.yaml"
+    file.write_text("async-scheduling: true\n")
+    with pytest.raises(SystemExit) as ended:
+        parse_flags(str(MODEL), "127.0.0.1", 8000, ["--config", str(file)])
+    assert ended.value.code == 2
+    assert "--async-scheduling cannot be given" in capsys.readouterr().err
