@@ -10,11 +10,13 @@ from pydantic import ValidationError
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.usage.usage_lib import UsageContext
 
 from molink.core.errors import UsageError
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
+from molink.engine.objections import in_one_line, one_line
 from molink.engine.owned_flags import refuse_owned
 from molink.engine.refusals import refuse_indivisible
 
@@ -35,8 +37,17 @@ def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any
     of_user = [flag for flag in parser.normalised if flag not in own]
     with _saying_what_is_wrong():
         refuse_owned(of_user)  # again: there may have been a file of flags
-        refuse_indivisible(AsyncEngineArgs.from_cli_args(arguments).create_model_config())
+        _check(arguments)
     return arguments, engine_flags_of(of_user)
+
+
+def _check(arguments: Namespace) -> None:
+    """Have vLLM judge model and flags before any node is waited for. Raises UsageError."""
+    args = AsyncEngineArgs.from_cli_args(arguments)
+    args.distributed_executor_backend = PipelineExecutor  # so it looks for no devices
+    with in_one_line():
+        config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    refuse_indivisible(config.model_config)
 
 
 @contextmanager
@@ -44,13 +55,9 @@ def _saying_what_is_wrong() -> Iterator[None]:
     """End like the parser, in one line, when vLLM's configuration or MoLink refuses the model."""
     try:
         yield
-        return
-    except ValidationError as error:
-        reasons = "; ".join(" ".join(reason["msg"].split()) for reason in error.errors())
-    except UsageError as error:
-        reasons = str(error)
-    print(f"molink serve: error: {reasons}", file=sys.stderr)  # noqa: T201
-    raise SystemExit(2)
+    except (UsageError, ValidationError) as error:
+        print(f"molink serve: error: {one_line(error)}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
 
 
 async def serve(

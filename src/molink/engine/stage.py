@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from molink.core.errors import MolinkError, StageError
+from molink.core.errors import MolinkError, StageError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, StepId, unpack
 from molink.engine.grammar import unpack_grammar
@@ -96,7 +96,13 @@ class StageLoop:
         self.counters = to_agent.StageCounters()
 
     def run(self) -> None:
-        """Serve until the agent's socket closes (LinkError) or a step fails (re-raised)."""
+        """Serve until the agent's socket closes.
+
+        Raises:
+            LinkError: it has closed.
+            UsageError: the layers cannot be loaded with this node's flags and files.
+            Exception: a step failed; whatever vLLM raised.
+        """
         threading.Thread(target=self._report, name="stage-counters", daemon=True).start()
         while True:
             waiting_since = time.perf_counter()
@@ -167,6 +173,8 @@ class StageLoop:
         try:
             answer = self._answer(method, args, kwargs)
         except MolinkError as error:
+            if method == "load" and isinstance(error, UsageError):
+                raise  # another node may do better
             self._reply(Kind.FAILURE, message, str(error))
         except Exception as error:
             logger.exception("%s failed", method)

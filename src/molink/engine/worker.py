@@ -16,6 +16,7 @@ from molink.engine.adapters import check_adapter
 from molink.engine.config import stage_config
 from molink.engine.environment import set_partition
 from molink.engine.group import StageGroup
+from molink.engine.objections import in_one_line
 from molink.wire.to_stage import LoadStage
 
 
@@ -31,16 +32,22 @@ class StageOptions:
 
 
 class StageWorker:
-    """Loads only the layers of one stage and runs steps on them."""
+    """Loads only the layers of one stage and runs steps on them.
+
+    Raises:
+        UsageError: this node's own flags, or its files, do not do.
+    """
 
     def __init__(self, load: LoadStage, options: StageOptions, emit: Emit) -> None:
         set_partition(load.partition)
-        config = stage_config(
-            load,
-            model=options.find_model(load),
-            node_flags=options.node_flags,
-            tensor_parallel_size=options.tensor_parallel_size,
-        )
+        model = options.find_model(load)
+        with in_one_line():
+            config = stage_config(
+                load,
+                model=model,
+                node_flags=options.node_flags,
+                tensor_parallel_size=options.tensor_parallel_size,
+            )
         index = load.stage_index
         self.nodes = load.nodes
         self.index = index

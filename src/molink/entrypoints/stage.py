@@ -53,6 +53,10 @@ def main() -> None:
         StageLoop(socket, build_codec(), settings).run()
     except LinkError:
         os._exit(0)  # the agent is gone, and with it every reason to run
+    except UsageError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        os._exit(EXIT_USAGE)
 
 
 def _files(options: argparse.Namespace, parser: Any, load: LoadStage) -> StageFiles:
@@ -71,15 +75,10 @@ def _files(options: argparse.Namespace, parser: Any, load: LoadStage) -> StageFi
 
 
 def _bring(files: StageFiles, tell: Tell) -> str:
-    """Have the stage's files here, one rank after the other; without them its node must end."""
+    """Have the stage's files here, one rank after the other. Raises UsageError."""
     with (files.run_folder / "files.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            return files.bring(tell)
-        except UsageError as error:
-            sys.stderr.write(f"{error}\n")
-            sys.stderr.flush()
-            os._exit(EXIT_USAGE)
+        return files.bring(tell)
 
 
 def _parser() -> argparse.ArgumentParser:
