@@ -210,15 +210,18 @@ class MolinkAlone(Contestant):
 class Molink(Contestant):
     """A cluster of ours on loopback: real agents, mutual TLS, one node for each stage."""
 
-    def __init__(self, name: str, subject: Subject, stages: int) -> None:
+    def __init__(
+        self, name: str, subject: Subject, stages: int, flags: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(name, subject)
         self._ranges = split_evenly(subject.num_layers, stages)
+        self._flags = flags
 
     def start(self) -> None:
         home, token = str(self.folder / "home"), self.folder / "token"
         head = ["serve", str(self.subject.path), f"--port={self.port}", "--name=node-0"]
         head += [f"--layers={self._ranges[0]}", "--listen=127.0.0.1:0", f"--token-file={token}"]
-        self.spawn((*MOLINK, *head, *ENGINE_FLAGS), MOLINK_HOME=home)
+        self.spawn((*MOLINK, *head, *ENGINE_FLAGS, *self._flags), MOLINK_HOME=home)
         for _ in self.waiting():
             if token.exists() and token.read_text():
                 break

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -82,10 +82,15 @@ def serving(contestants: Sequence[Contestant], workload: Workload, say: Say) -> 
         yield
 
 
-def ask(contestant: Contestant, prompts: list[list[int]], output_tokens: int) -> Round:
-    """One round, without any figure but the client's."""
+def ask(
+    contestant: Contestant,
+    prompts: list[list[int]],
+    output_tokens: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Round:
+    """One round, without any figure but the client's; `extra` joins the body of each request."""
     model = str(contestant.subject.path)
-    return uvloop.run(run_round(contestant.url, model, prompts, output_tokens))
+    return uvloop.run(run_round(contestant.url, model, prompts, output_tokens, extra=extra))
 
 
 def alternate(

@@ -9,6 +9,8 @@ BUNDLED = Path(__file__).parents[1] / "models" / "molink-mini"
 SEED = 20261121
 INITIALIZER_RANGE = 0.08  # smaller ones give one token over and over at this width
 NUM_HEADS = 12
+ADAPTER_RANK = 16
+ADAPTER_SCALE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,32 @@ def random_model(shape: Shape) -> Subject:
         _write_tokenizer(path, shape.vocab_size)
         _write_weights(path, shape)
     return Subject(path, shape.num_layers, shape.vocab_size)
+
+
+def random_adapter(shape: Shape) -> Path:
+    """A LoRA adapter of the attention of `random_model(shape)`, made if it is not there."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = random_model(shape).path / "adapter"
+    if not (folder / "adapter_config.json").exists():
+        folder.mkdir(exist_ok=True)
+        generator = torch.Generator().manual_seed(SEED)
+        shapes = {"A": (ADAPTER_RANK, shape.hidden_size), "B": (shape.hidden_size, ADAPTER_RANK)}
+        tensors = {
+            f"base_model.model.model.layers.{layer}.self_attn.{name}_proj.lora_{part}.weight": (
+                torch.randn(size, generator=generator) * ADAPTER_SCALE
+            )
+            for layer in range(shape.num_layers)
+            for name in "qkvo"
+            for part, size in shapes.items()
+        }
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+        config |= {"r": ADAPTER_RANK, "lora_alpha": ADAPTER_RANK}
+        config |= {"target_modules": [f"{name}_proj" for name in "qkvo"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
 
 
 def _config(shape: Shape) -> dict[str, object]:

@@ -10,25 +10,18 @@ medians over the rounds, ratios are paired by round. Prints tables, writes JSON,
 """
 
 import argparse
-import json
-import signal
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import httpx
 import report
-from contestants import Contestant, Molink, MolinkAlone, ServerError, Vllm, VllmDefault
+from contestants import Contestant, Molink, MolinkAlone, Vllm, VllmDefault
 from curve import measure_curve
 from measure import Sample, Say, alternate, serving
 from models import BUNDLED, HALF, RANDOM, Subject, existing, random_model
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from soak import soak
+from terminal import run
 from workload import Workload
 
 from molink.planning.micro_batches import prefill_tokens_per_step
@@ -121,36 +114,7 @@ def _ours(stages: int) -> str:
 
 def main() -> None:
     options = _parser().parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console(highlight=False)
-    with _saying(console) as say:
-        bench = Benchmark(options, console, say)
-        status = 0
-        try:
-            bench.run()
-        except KeyboardInterrupt:
-            console.print("stopped")
-            status = 130
-        except (ServerError, httpx.HTTPError) as error:
-            console.print(f"{type(error).__name__}: {error}", markup=False)
-            status = 1
-    if options.json and bench.results:
-        options.json.write_text(json.dumps(bench.results, indent=2))
-    sys.exit(status)
-
-
-@contextmanager
-def _saying(console: Console) -> Iterator[Say]:
-    """Shows what is being done: one line that changes, or a log where there is no terminal."""
-    if not console.is_terminal:
-        started = time.monotonic()
-        yield lambda text: console.print(f"{time.monotonic() - started:6.0f} s  {text}")
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        yield lambda text: progress.update(task, description=text)
+    run(lambda console, say: Benchmark(options, console, say), options.json)
 
 
 def _parser() -> argparse.ArgumentParser:

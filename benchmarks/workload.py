@@ -5,7 +5,9 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 
@@ -101,9 +103,14 @@ class Round:
 
 
 async def run_round(
-    url: str, model: str, prompts: list[list[int]], output_tokens: int, concurrency: int = 0
+    url: str,
+    model: str,
+    prompts: list[list[int]],
+    output_tokens: int,
+    concurrency: int = 0,
+    extra: Mapping[str, Any] | None = None,
 ) -> Round:
-    """Send all prompts; `concurrency` bounds how many at once (0: all).
+    """Send all prompts; `concurrency` bounds how many at once (0: all), `extra` joins each body.
 
     Raises:
         httpx.HTTPError: a request failed.
@@ -113,28 +120,29 @@ async def run_round(
         base_url=url, timeout=TIMEOUT_S, limits=limits, verify=False
     ) as client:
         allowed = asyncio.Semaphore(concurrency or len(prompts))
+        body = _body(model, output_tokens) | dict(extra or {})
 
         async def one(prompt: list[int]) -> Answer:
             async with allowed:
-                return await _complete(client, model, prompt, output_tokens)
+                return await _complete(client, body | {"prompt": prompt})
 
         started = time.perf_counter()
         answers = await asyncio.gather(*map(one, prompts))
     return Round(max(answer.arrivals[-1] for answer in answers) - started, answers)
 
 
-async def _complete(
-    client: httpx.AsyncClient, model: str, prompt: list[int], output_tokens: int
-) -> Answer:
-    body = {
+def _body(model: str, output_tokens: int) -> dict[str, Any]:
+    return {
         "model": model,
-        "prompt": prompt,
         "max_tokens": output_tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+async def _complete(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     sent_at = time.perf_counter()
     arrivals: list[float] = []
     rest = b""
