@@ -17,6 +17,7 @@ from molink.core.errors import MolinkError, StageError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, StepId, unpack
 from molink.engine.grammar import unpack_grammar
+from molink.engine.objections import one_line
 from molink.engine.worker import StageOptions, StageWorker
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent
@@ -178,7 +179,8 @@ class StageLoop:
             self._reply(Kind.FAILURE, message, str(error))
         except Exception as error:
             logger.exception("%s failed", method)
-            self._reply(Kind.FAILURE, message, f"{method} failed: {type(error).__name__}: {error}")
+            words = f"{method} failed: {type(error).__name__}: {one_line(error)}"
+            self._reply(Kind.FAILURE, message, words)
         else:
             self._reply(Kind.REPLY, message, answer)
 
