@@ -112,7 +112,7 @@ class Servers:
     def start(self) -> None:
         first = self._start("first", FIRST[self.version], self.ports[0])
         first.wait_for("MoLink gRPC server works at ")
-        address = re.search(r"MoLink gRPC server works at (\S+)", first.log)
+        address = re.search(r"MoLink gRPC server works at (\S+);", first.log)
         assert address
         second = self._start("second", SECOND[self.version], self.ports[1], address[1])
         second.wait_for("leads to the head's API")

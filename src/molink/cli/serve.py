@@ -272,8 +272,7 @@ def _print_invitation(
     coordinator.add_token(token.enrolment_root(), token.expires_at)
     text = token.encode()
     _write_private(token_file, text + "\n")
-    say(f"MoLink gRPC server works at {token.addresses[0]}")
-    say(f"agent listens on {settings.listen.rpartition(':')[0]}:{port}; token in {token_file}")
+    say(f"MoLink gRPC server works at {token.addresses[0]}; token in {token_file}")
     is_local = settings.listen.rpartition(":")[0].strip("[]") in LOOPBACK
     if settings.advertise is None and not is_local and (note := recognise().for_head(port)):
         say(note)
