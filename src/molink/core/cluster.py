@@ -21,3 +21,4 @@ class Resources:
     free_bytes: int  # memory that weights and KV cache may use, all devices of the stage together
     bytes_per_s: float  # memory read bandwidth, which bounds decode (the fastest of several passes)
     flop_per_s: float  # matrix product, which bounds prefill
+    dtypes: tuple[str, ...] = ()  # in which the device computes, best first

@@ -18,7 +18,8 @@ def measure(num_devices: int) -> StageUp:
     """Free memory, memory bandwidth and speed of a matrix product; takes a fraction of a second."""
     device = torch.device(current_platform.device_type)
     numbers = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
-    matrix = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16, device=device)
+    dtypes = current_platform.supported_dtypes
+    matrix = torch.ones(MATRIX, MATRIX, dtype=dtypes[0], device=device)
     read_s = _best_seconds(lambda: numbers.sum(), device)
     product_s = _best_seconds(lambda: matrix @ matrix, device)
     return StageUp(
@@ -27,6 +28,7 @@ def measure(num_devices: int) -> StageUp:
         free_bytes=_free_bytes(device) * (num_devices if device.type != "cpu" else 1),
         bytes_per_s=READ_BYTES / read_s * num_devices,
         flop_per_s=2 * MATRIX**3 / product_s * num_devices,
+        dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
     )
 
 

@@ -1,8 +1,9 @@
 """vLLM's own OpenAI server over a pipeline."""
 
+import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,14 +13,17 @@ from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.usage.usage_lib import UsageContext
 
-from molink.core.errors import UsageError
+from molink.core.errors import MolinkError
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
 from molink.engine.objections import in_one_line, one_line
 from molink.engine.owned_flags import refuse_owned
 from molink.engine.refusals import refuse_indivisible
+from molink.planning.dtypes import shared_dtype
+from molink.wire.to_engine import StagePlace
 
+logger = logging.getLogger("molink.engine")
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
 
@@ -55,27 +59,38 @@ def _saying_what_is_wrong() -> Iterator[None]:
     """End like the parser, in one line, when vLLM's configuration or MoLink refuses the model."""
     try:
         yield
-    except (UsageError, ValidationError) as error:
+    except (MolinkError, ValidationError) as error:
         print(f"molink serve: error: {one_line(error)}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
 
 async def serve(
-    arguments: Namespace, partition: list[int], customise: Callable[[Any], None]
+    arguments: Namespace, stages: Sequence[StagePlace], customise: Callable[[Any], None]
 ) -> None:
     """Run the server until it is told to end.
 
     Args:
-        partition: layers of every stage, in order.
+        stages: of the pipeline, in order.
         customise: gets the FastAPI application before it starts.
     """
-    set_partition(partition)
-    arguments.pipeline_parallel_size = len(partition)
+    set_partition([stage.end - stage.start for stage in stages])
+    arguments.pipeline_parallel_size = len(stages)
     arguments.distributed_executor_backend = PipelineExecutor
     arguments.scheduler_cls = SCHEDULER
     arguments.async_scheduling = False
     with _customised_app(customise), _saying_what_is_wrong():
+        _settle_dtype(arguments, stages)
         await entry.run_server(arguments)
+
+
+def _settle_dtype(arguments: Namespace, stages: Sequence[StagePlace]) -> None:
+    """What «auto» means here may be more than the device of another stage can do."""
+    model = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
+    wanted = str(model.dtype).removeprefix("torch.")
+    of_nodes = {stage.name: stage.dtypes for stage in stages}
+    arguments.dtype = shared_dtype(wanted, of_nodes, is_fixed=arguments.dtype != "auto")
+    if arguments.dtype != wanted:
+        logger.warning("computing in %s: not every stage can in %s", arguments.dtype, wanted)
 
 
 @contextmanager

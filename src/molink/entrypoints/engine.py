@@ -34,8 +34,7 @@ def main() -> None:
     export(FLAGS_VARIABLE, json.dumps(engine_flags))
     client = AgentClient(options.socket)
     pipeline = client.wait_for_pipeline()
-    partition = [stage.end - stage.start for stage in pipeline.stages]
-    uvloop.run(serve(arguments, partition, lambda app: customise(app, client)))
+    uvloop.run(serve(arguments, pipeline.stages, lambda app: customise(app, client)))
 
 
 def _parser() -> argparse.ArgumentParser:

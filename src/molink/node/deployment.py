@@ -97,9 +97,11 @@ class Deployment:
             self._voice.tell_engine(PipelineRepaired(self.assigned, replaced))
 
     def _place(self, stage: Stage) -> StagePlace:
-        name = self._coordinator.state.node(stage.node).name
-        layers = stage.layers
-        return StagePlace(stage.node, name, layers.start, layers.end, stage.tensor_parallel_size)
+        node, layers = self._coordinator.state.node(stage.node), stage.layers
+        dtypes = list(node.resources.dtypes) if node.resources else []
+        return StagePlace(
+            node.id, node.name, layers.start, layers.end, stage.tensor_parallel_size, dtypes
+        )
 
     # Links between stages
 

@@ -225,7 +225,12 @@ class HeadAgent(Agent):
 
     def _stage_up(self, node: NodeId, stage: StageUp) -> None:
         resources = Resources(
-            stage.device, stage.num_devices, stage.free_bytes, stage.bytes_per_s, stage.flop_per_s
+            stage.device,
+            stage.num_devices,
+            stage.free_bytes,
+            stage.bytes_per_s,
+            stage.flop_per_s,
+            tuple(stage.dtypes),
         )
         model = self._held.get(node)
         name = self._coordinator.state.node(node).name

@@ -24,6 +24,9 @@ class StageUp(msgspec.Struct, frozen=True, tag=True):
     free_bytes: int
     bytes_per_s: float
     flop_per_s: float
+    dtypes: Annotated[
+        list[Annotated[str, msgspec.Meta(max_length=20)]], msgspec.Meta(max_length=16)
+    ]
 
 
 class StageCounters(msgspec.Struct, tag=True):

@@ -13,6 +13,7 @@ class StagePlace(msgspec.Struct, frozen=True):
     start: int
     end: int
     tensor_parallel_size: int
+    dtypes: list[str]  # in which its device computes, best first
 
 
 class PipelineAssigned(msgspec.Struct, frozen=True, tag=True):

@@ -49,7 +49,7 @@ def pipeline(epoch: int = 1, nodes: list[int] = NODES) -> PipelineAssigned:
     return PipelineAssigned(
         epoch,
         [
-            StagePlace(node, f"node-{node}", 2 * i, 2 * i + 2, size)
+            StagePlace(node, f"node-{node}", 2 * i, 2 * i + 2, size, ["float32"])
             for i, (node, size) in enumerate(zip(nodes, SIZES, strict=True))
         ],
     )

@@ -40,7 +40,9 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
     return st.builds(hint, **{name: values(field) for name, field in fields.items()})
 
 
-def bounded(base: type, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
+def bounded(base: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
+    if get_origin(base) is list:
+        return st.lists(values(get_args(base)[0]), max_size=meta.max_length)
     if base is str:
         return st.text(st.characters(exclude_categories=["Cs"]), max_size=meta.max_length)
     numbers = st.integers if base is int else st.floats
