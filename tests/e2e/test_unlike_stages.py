@@ -20,11 +20,11 @@ OWN_MEMORY = {"VLLM_CPU_KVCACHE_SPACE": ""}  # which would overrule the flag
 def test_a_node_whose_own_flags_do_not_do_ends_and_the_next_one_serves(
     models: dict[str, Path],
 ) -> None:
-    words = "heads (4) must be divisible by tensor parallel size (3)"
+    words = "gpu_memory_utilization: Input should be less than or equal to 1"
     cluster = Cluster(models["llama"], layers=["0:4", "4:8"], flags=PIPELINE)
     try:
         cluster.start_head()
-        unfit = cluster.add_member(layers="4:8", arguments=["--tensor-parallel-size=3"])
+        unfit = cluster.add_member(layers="4:8", arguments=["--gpu-memory-utilization=1.5"])
         assert unfit.wait(START_S) == 2
         assert words in unfit.log.splitlines()[-1]
         cluster.head.wait_for("the pipeline is down: node1 with layers 4:8 is lost")
