@@ -17,7 +17,7 @@ FLAGS = (
     "--block-size=32",
     "--enable-lora",
     "--max-loras=2",
-    "--max-cpu-loras=4",
+    "--max-cpu-loras=2",  # fewer than there are: they are dropped and read again
     "--max-lora-rank=8",
 )
 CUT = "--max-num-batched-tokens=64"

@@ -66,10 +66,10 @@ class HubModel:
 
     def bytes_missing(self, file: HubFile) -> int:
         """What is left to download of a file."""
-        if self.has(file.name):
+        if self.has(file.name) or self._blob(file).exists():  # another commit has it too
             return 0
         part = self._part(file)
-        return file.size - (part.stat().st_size if part.exists() else 0)
+        return max(0, file.size - (part.stat().st_size if part.exists() else 0))
 
     def fetch(self, file: HubFile, moved: Callable[[int], None]) -> None:
         """Download one file into the cache, from where an earlier start left it.
@@ -80,10 +80,10 @@ class HubModel:
         Raises:
             UsageError: the hub does not give the file, stops answering, or gave other bytes.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
-        blob = self._storage / "blobs" / file.etag
+        blob = self._blob(file)
         lock = self.cache / ".locks" / self._storage.name / f"{file.etag}.lock"
         with _clear_errors(
             f"cannot download {file.name} of {self.name}", "; a new start goes on where this ended"
@@ -91,10 +91,13 @@ class HubModel:
             for folder in (blob.parent, lock.parent):
                 folder.mkdir(parents=True, exist_ok=True)
             with WeakFileLock(lock):
-                if not blob.exists():
+                if not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
                     self._transfer(file, moved)
                     self._part(file).replace(blob)
             hf_hub_download(self.name, file.name, revision=self.commit, cache_dir=self.cache)
+
+    def _blob(self, file: HubFile) -> Path:
+        return self._storage / "blobs" / file.etag
 
     def _part(self, file: HubFile) -> Path:
         return self._storage / "blobs" / f"{file.etag}.incomplete"

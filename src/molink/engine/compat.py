@@ -6,7 +6,7 @@ stand where they are read with the rest.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed import parallel_state
 from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker import cpu_worker, gpu_worker
@@ -172,6 +173,20 @@ def unsampled_generators(worker: Any, output: SchedulerOutput) -> Iterator[None]
         yield
     finally:
         generators.update(saved)
+
+
+def before_each_adapter(worker: Any, check: Callable[[LoRARequest], None]) -> None:
+    """Call `check` whenever the worker reads an adapter: it reads one that it has dropped again,
+    in the step that needs it. Breaks if `_load_adapter` stops being what all ways lead through.
+    """
+    manager = worker.model_runner.lora_manager
+    load_adapter = manager._load_adapter
+
+    def load(request: LoRARequest) -> Any:
+        check(request)
+        return load_adapter(request)
+
+    manager._load_adapter = load
 
 
 def spare_tokens_without_adapter(config: VllmConfig) -> None:

@@ -187,7 +187,10 @@ class PipelineExecutor(Executor):
         Raises:
             LoRAAdapterNotFoundError: the head has no such adapter.
             StageError: a stage has none, or another one.
+            UsageError: it is to replace another in place, where a failure would leave neither.
         """
+        if lora_request.load_inplace:
+            raise UsageError("load_inplace does not work over stages: unload the adapter first")
         try:
             adapter = lora_request, adapter_digest(lora_request)
         except UsageError as error:
@@ -224,7 +227,9 @@ class PipelineExecutor(Executor):
         epoch, failed = repaired.pipeline.epoch, None
         try:
             self._load(repaired.replaced)
-            adapters: list[_Call] = [("add_lora", args, {}) for args in self._adapters.values()]
+            adapters: list[_Call] = [
+                ("add_lora", args, {}) for args in list(self._adapters.values())
+            ]
             for method, args, kwargs in [*self._startup, *adapters]:
                 for future in self._call(method, args, kwargs, repaired.replaced):
                     future.result()

@@ -1,5 +1,6 @@
 """vLLM's flags that a pipeline decides itself, or cannot have. Imports nothing of vLLM."""
 
+import re
 from collections.abc import Iterable
 
 from molink.core.errors import UsageError
@@ -9,6 +10,7 @@ _REPLICAS = "run one cluster for each replica"
 _MACHINES = "machines join with molink join"
 _HTTP = "the API is served over HTTP and TCP; use --host and --port"
 
+_WITH_VALUE = re.compile(r"(-[nr])\d+")  # argparse takes `-n2` for `-n 2`
 _OWNED = {
     "--pipeline-parallel-size": _NODES,
     "-pp": _NODES,
@@ -37,7 +39,7 @@ def refuse_owned(flags: Iterable[str]) -> None:
     for flag in flags:
         name = name_of(flag)
         is_of_replicas = name.startswith(("--data-parallel-", "-dp"))
-        reason = _REPLICAS if is_of_replicas else _OWNED.get(name)
+        reason = _REPLICAS if is_of_replicas else _OWNED.get(_WITH_VALUE.sub(r"\1", name))
         if reason is not None:
             raise UsageError(f"{name} cannot be given: {reason}")
 

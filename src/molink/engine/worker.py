@@ -65,6 +65,12 @@ class StageWorker:
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
+        self._digests: dict[int, str] = {}  # of adapters, by their numbers
+        if config.lora_config is not None:
+            compat.before_each_adapter(
+                self._worker.worker,
+                lambda request: check_adapter(request, self._digests[request.lora_int_id]),
+            )
 
     def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
         # vLLM names shared memory after this file, so its name is that of no other stage.
@@ -105,9 +111,9 @@ class StageWorker:
         compat.forget_requests(self._worker.worker)
 
     def call(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a method of vLLM's worker; an adapter must be the one the head has."""
+        """Call a method of vLLM's worker; `add_lora` brings the digest of the head's adapter."""
         if method == "add_lora":
             request, digest = args
-            check_adapter(request, digest)
+            self._digests[request.lora_int_id] = digest
             args = (request,)
         return getattr(self._worker, method)(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 Scope = MutableMapping[str, Any]
@@ -15,7 +16,60 @@ MAX_BODY = 64 * 1024 * 1024  # bytes; chats may hold pictures
 _ABOUT_BODY = (b"content-length", b"content-type", b"transfer-encoding")
 
 
-async def read_body(receive: Receive) -> bytes | None:
+@dataclass(frozen=True)
+class Refusal(Exception):
+    """An answer of our own instead of the application's."""
+
+    status: int
+    kind: str
+    message: str
+
+
+def with_body(
+    receive: Receive, send: Send, change: Callable[[bytes], Awaitable[bytes]], answer: Send
+) -> tuple[Receive, Send]:
+    """What the application receives and sends, so that it gets another body.
+
+    The body is read when the application first asks for it: when it has checked the key.
+
+    Args:
+        change: makes the other body of the client's, or raises Refusal.
+        answer: takes what the application sends, unless the client is refused.
+    """
+    is_read = False
+    refusal: Refusal | None = None
+
+    async def next_message() -> Message:
+        nonlocal is_read, refusal
+        if is_read:
+            return await receive()
+        is_read = True
+        body = await _read_body(receive)
+        if body is None:
+            return {"type": "http.disconnect"}
+        try:
+            changed = await change(_bounded(body))
+        except Refusal as error:
+            refusal, changed = error, b"null"
+        return {"type": "http.request", "body": changed, "more_body": False}
+
+    async def forward(message: Message) -> None:
+        if refusal is None:
+            await answer(message)
+        elif message["type"] == "http.response.start":
+            await respond_error(send, refusal.status, refusal.kind, refusal.message)
+
+    return next_message, forward
+
+
+def _bounded(body: bytes) -> bytes:
+    if len(body) > MAX_BODY:
+        text = f"the body is larger than {MAX_BODY} bytes"
+        raise Refusal(413, "RequestEntityTooLargeError", text)
+    return body
+
+
+async def _read_body(receive: Receive) -> bytes | None:
     """The body, or a little more than MAX_BODY of a larger one; None if the client went away."""
     body = bytearray()
     more = True
@@ -28,11 +82,10 @@ async def read_body(receive: Receive) -> bytes | None:
     return bytes(body)
 
 
-def request_with(scope: Scope, path: str, body: bytes) -> Scope:
-    """The same request with another path and a body of JSON."""
+def request_with(scope: Scope, path: str) -> Scope:
+    """The same request with another path, and a body of JSON of another length."""
     full = scope.get("root_path", "") + path
     headers = headers_for(scope["headers"], b"application/json")
-    headers.append((b"content-length", str(len(body)).encode()))
     return {**scope, "path": full, "raw_path": full.encode(), "headers": headers}
 
 
@@ -40,20 +93,6 @@ def headers_for(headers: Iterable[tuple[bytes, bytes]], content_type: bytes) -> 
     """Headers for another body: those about the old one are left out."""
     others = [(name, value) for name, value in headers if name.lower() not in _ABOUT_BODY]
     return [*others, (b"content-type", content_type)]
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """A request of `body`; afterwards whatever comes, which is the client's leaving."""
-    is_sent = False
-
-    async def next_message() -> Message:
-        nonlocal is_sent
-        if is_sent:
-            return await receive()
-        is_sent = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return next_message
 
 
 def is_post(scope: Scope, path: str) -> bool:
@@ -76,9 +115,3 @@ async def respond_error(
     """Answer with an error in OpenAI's form."""
     error = {"message": message, "type": kind, "param": None, "code": status}
     await respond(send, status, json.dumps({"error": error}).encode(), headers)
-
-
-async def refuse_large(send: Send) -> None:
-    """Answer 413."""
-    message = f"the body is larger than {MAX_BODY} bytes"
-    await respond_error(send, 413, "RequestEntityTooLargeError", message)

@@ -12,17 +12,14 @@ from typing import Any
 import msgspec
 
 from molink.gateway.asgi import (
-    MAX_BODY,
     Application,
     Message,
     Receive,
     Scope,
     Send,
     is_post,
-    read_body,
-    refuse_large,
-    replay,
     request_with,
+    with_body,
 )
 
 STOP_VARIABLE = "MOLINK_CHAT_STOP"  # JSON list of strings
@@ -42,20 +39,14 @@ class ChatStopMiddleware:
         if not is_post(scope, CHAT_PATH):
             await self._app(scope, receive, send)
             return
-        body = await read_body(receive)
-        if body is None:
-            return
-        if len(body) > MAX_BODY:
-            await refuse_large(send)
-            return
-        if self._token_ids is None:
-            self._token_ids = await self._find_tokens(scope)
-        changed = _with_stop(body, self._stop, self._token_ids or [])
-        if changed is None:
-            await self._app(scope, replay(body, receive), send)
-        else:
-            request = request_with(scope, CHAT_PATH, changed)
-            await self._app(request, replay(changed, receive), send)
+
+        async def change(body: bytes) -> bytes:
+            if self._token_ids is None:
+                self._token_ids = await self._find_tokens(scope)
+            return _with_stop(body, self._stop, self._token_ids or [])
+
+        channel = with_body(receive, send, change, send)
+        await self._app(request_with(scope, CHAT_PATH), *channel)
 
     async def _find_tokens(self, scope: Scope) -> list[int] | None:
         """Ids of the strings that are one token; None if the tokenizer does not answer now."""
@@ -77,8 +68,12 @@ class ChatStopMiddleware:
             status = message.get("status", status)
             answer.extend(message.get("body", b""))
 
-        request = request_with(scope, TOKENIZE_PATH, body)
-        await self._app(request, replay(body, _stay), send)
+        messages = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def receive() -> Message:
+            return next(messages, None) or await _stay()
+
+        await self._app(request_with(scope, TOKENIZE_PATH), receive, send)
         if status != 200:
             return None
         tokens: list[int] = msgspec.json.decode(answer)["tokens"]
@@ -91,16 +86,16 @@ async def _stay() -> Message:
     raise AssertionError("nobody sets it")
 
 
-def _with_stop(body: bytes, stop: list[str], token_ids: list[int]) -> bytes | None:
-    """The body with stop strings and tokens added; None for one that vLLM should refuse itself."""
+def _with_stop(body: bytes, stop: list[str], token_ids: list[int]) -> bytes:
+    """The body with stop strings and tokens added; as it was if vLLM should refuse it itself."""
     try:
         request: dict[str, Any] = msgspec.json.decode(body, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+        return body
     own_stop = request.get("stop") or []
     own_stop = [own_stop] if isinstance(own_stop, str) else own_stop
     own_ids = request.get("stop_token_ids") or []
     if not isinstance(own_stop, list) or not isinstance(own_ids, list):
-        return None
+        return body
     request |= {"stop": [*own_stop, *stop], "stop_token_ids": [*own_ids, *token_ids]}
     return msgspec.json.encode(request)

@@ -100,7 +100,7 @@ class StageFiles:
 
 def _fetch(model: HubModel, files: Collection[HubFile], tell: Tell) -> None:
     """Download what is missing. Raises UsageError, before anything, if the disk is too small."""
-    missing = [file for file in files if not model.has(file.name)]
+    missing = [file for file in files if model.bytes_missing(file) or not model.has(file.name)]
     _check_space(model, sum(map(model.bytes_missing, missing)))
     progress = _Progress(sum(file.size for file in missing), tell)
     for file in missing:

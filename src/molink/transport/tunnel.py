@@ -26,7 +26,13 @@ FIRST_BYTES_TIMEOUT_S = 30.0  # a connection that says nothing costs no stream, 
 LINGER_S = 5.0  # for what a client has not read yet
 RETRY_AFTER_S = 5
 _EMPTY = b""
-_BROKEN = (OSError, grpc.aio.AioRpcError, grpc.aio.BaseError, asyncio.InvalidStateError)
+_BROKEN = (
+    OSError,
+    RuntimeError,  # uvloop's word for a client that has reset its connection
+    grpc.aio.AioRpcError,
+    grpc.aio.BaseError,
+    asyncio.InvalidStateError,
+)
 
 
 class TunnelExit:
@@ -185,7 +191,7 @@ async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, re
         "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
         f"Retry-After: {RETRY_AFTER_S}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
-    with contextlib.suppress(OSError, TimeoutError):
+    with contextlib.suppress(OSError, RuntimeError, TimeoutError):
         writer.write(head.encode() + body)
         writer.write_eof()
         async with asyncio.timeout(LINGER_S):

@@ -33,6 +33,7 @@ from molink.core.errors import UsageError
         ["-dpr", "1"],
         ["--api_server_count=2"],
         ["--grpc"],
+        ["-n", "2"],
     ],
 )
 def test_flags_that_contradict_a_pipeline_are_refused_by_name(flags: list[str]) -> None:

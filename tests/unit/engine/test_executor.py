@@ -492,6 +492,12 @@ def test_an_adapter_that_the_head_lacks_is_asked_of_no_stage(head: Head) -> None
     assert not head.agent.calls()
 
 
+def test_no_adapter_is_replaced_in_place(head: Head, adapter: LoRARequest) -> None:
+    with pytest.raises(UsageError, match="load_inplace"):
+        head.executor.add_lora(LoRARequest("own", 3, adapter.lora_path, load_inplace=True))
+    assert not head.agent.calls()
+
+
 def test_a_replaced_stage_gets_the_adapters_that_are_loaded(
     head: Head, adapter: LoRARequest
 ) -> None:
