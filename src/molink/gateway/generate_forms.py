@@ -130,6 +130,10 @@ class VllmForm(Sampling, kw_only=True):
     truncate_prompt_tokens: int | None = None
     structured_outputs: Json | None = None
 
+    def __post_init__(self) -> None:
+        if self.stream and len(self._prompts) > 1:  # each step would carry all of them
+            raise ValueError("`stream` takes one prompt")
+
     @property
     def _prompts(self) -> list[str]:
         return [self.prompt] if isinstance(self.prompt, str) else self.prompt
