@@ -9,11 +9,16 @@ from vllm.lora.utils import get_adapter_absolute_path
 from molink.core.errors import UsageError
 
 
+class NoAdapterError(UsageError):
+    """There is no such adapter on this machine."""
+
+
 def adapter_digest(request: LoRARequest) -> str:
     """sha256 (hex) of an adapter's files on this machine: names and contents.
 
     Raises:
-        UsageError: there is no such adapter here, or it cannot be read.
+        NoAdapterError: there is no such adapter here.
+        UsageError: it cannot be read.
     """
     total = hashlib.sha256()
     try:
@@ -33,7 +38,7 @@ def _files(name: str) -> list[Path]:
     except (OSError, ValueError):  # it is not in the hub's cache, and the hub does not give it
         files = []
     if not any(path.name == "adapter_config.json" for path in files):
-        raise UsageError(
+        raise NoAdapterError(
             f"there is no LoRA adapter {name} on this machine: copy its folder to the same path on "
             "every machine of the pipeline"
         )

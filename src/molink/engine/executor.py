@@ -5,6 +5,7 @@ scheduler's output once and sends it to all stages at once; neither waits. Steps
 known to be empty are sampled by the last stage without a second message.
 """
 
+import logging
 import os
 import threading
 import time
@@ -22,7 +23,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from molink.core.errors import MolinkError, StageError, UsageError
 from molink.core.ids import NodeId
 from molink.engine import compat
-from molink.engine.adapters import adapter_digest
+from molink.engine.adapters import NoAdapterError, adapter_digest
 from molink.engine.config import resolve
 from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
 from molink.engine.grammar import pack_grammar
@@ -33,6 +34,7 @@ from molink.engine.types import build_codec
 from molink.wire.to_engine import PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
+logger = logging.getLogger("molink.engine")
 REPORT_INTERVAL_S = 1.0
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # method, arguments
 
@@ -187,13 +189,14 @@ class PipelineExecutor(Executor):
         Raises:
             LoRAAdapterNotFoundError: the head has no such adapter.
             StageError: a stage has none, or another one.
-            UsageError: it is to replace another in place, where a failure would leave neither.
+            UsageError: the head cannot read it, or it is to replace another in place: a failure
+                would leave neither.
         """
         if lora_request.load_inplace:
             raise UsageError("load_inplace does not work over stages: unload the adapter first")
         try:
             adapter = lora_request, adapter_digest(lora_request)
-        except UsageError as error:
+        except NoAdapterError as error:
             name, path = lora_request.lora_name, lora_request.lora_path
             raise LoRAAdapterNotFoundError(name, path) from error
         try:
@@ -239,6 +242,9 @@ class PipelineExecutor(Executor):
         except StageError as error:
             failed = error.node
             self._session.mended(epoch, str(error))
+        except Exception as error:
+            logger.exception("the pipeline cannot be repaired")
+            self._session.mended(epoch, f"{type(error).__name__}: {error}")
         else:
             self._session.mended(epoch, None)
         self._session.report(failed)

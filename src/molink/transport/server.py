@@ -44,8 +44,8 @@ class Accepted(NamedTuple):
 AcceptHandler = Callable[[Accepted], Awaitable[None]]
 EnrollHandler = Callable[[bytes, bytes], bytes]
 """(the caller's certificate, its request) -> reply; MolinkError refuses."""
-TunnelHandler = Callable[[Any], Awaitable[None]]
-"""Carries bytes over a stream until it is over; LinkError breaks it off."""
+TunnelHandler = Callable[[Any, NodeId], Awaitable[None]]
+"""(stream, node that opened it): carries bytes until it is over; LinkError breaks it off."""
 
 
 class LinkServer:
@@ -130,9 +130,9 @@ class LinkServer:
         return self._status()
 
     async def _tunnel_call(self, _: Any, context: Any) -> None:
-        await self._identify(context)
+        identity = await self._identify(context)
         assert self._tunnel is not None
-        carrying = self._watch(self._tunnel(context))
+        carrying = self._watch(self._tunnel(context, identity.node))
         try:
             await asyncio.shield(carrying)
         except asyncio.CancelledError:

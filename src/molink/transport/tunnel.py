@@ -10,6 +10,7 @@ node is its client's end of file. The stream ends when the server closes its con
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,8 +18,11 @@ import grpc
 import grpc.aio
 
 from molink.core.errors import LinkError, UsageError
+from molink.core.ids import NodeId
 
 MAX_TUNNELS = 256  # at once, on either side
+MAX_TUNNELS_OF_NODE = 128  # so that one node's clients do not shut out all others
+MAX_SOCKETS = 1024  # of clients that may not have said anything yet
 CHUNK = 64 * 1024  # bytes read at once; the buffers of a direction hold a few
 CONNECT_TIMEOUT_S = 5.0
 OPEN_TIMEOUT_S = 10.0
@@ -41,17 +45,21 @@ class TunnelExit:
     def __init__(self, host: str, port: int) -> None:
         self._host = host
         self._port = port
-        self._running = 0
+        self._running: Counter[NodeId] = Counter()
 
-    async def serve(self, stream: Any) -> None:
-        """Carry bytes until the server closes its connection.
+    async def serve(self, stream: Any, node: NodeId) -> None:
+        """Carry bytes for a client of `node` until the server closes its connection.
 
         Raises:
             LinkError: there are too many tunnels, the server does not answer, or a side broke off.
         """
-        if self._running >= MAX_TUNNELS:
-            raise LinkError(f"the head carries {MAX_TUNNELS} connections already")
-        self._running += 1
+        for running, most in (
+            (self._running.total(), MAX_TUNNELS),
+            (self._running[node], MAX_TUNNELS_OF_NODE),
+        ):
+            if running >= most:
+                raise LinkError(f"the head carries {running} connections already")
+        self._running[node] += 1
         try:
             reader, writer = await self._connect()
             try:
@@ -62,7 +70,7 @@ class TunnelExit:
         except _BROKEN as error:
             raise LinkError(f"a tunnel broke: {error}") from error
         finally:
-            self._running -= 1
+            self._running -= Counter({node: 1})
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         connecting = asyncio.open_connection(self._host, self._port, limit=CHUNK)
@@ -83,6 +91,7 @@ class TunnelEntrance:
         self._open_stream = open_stream
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._forwarded = 0
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port.
@@ -110,6 +119,9 @@ class TunnelEntrance:
         await asyncio.gather(*connections, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._connections) >= MAX_SOCKETS:
+            writer.transport.abort()
+            return
         connection = asyncio.ensure_future(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
@@ -130,14 +142,16 @@ class TunnelEntrance:
         self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Raises LinkError if nothing could be forwarded, something of _BROKEN after that."""
-        if len(self._connections) > MAX_TUNNELS:
-            raise LinkError(f"this node carries {MAX_TUNNELS} connections already")
+        if self._forwarded >= MAX_TUNNELS:
+            raise LinkError(f"this node carries {self._forwarded} connections already")
+        self._forwarded += 1
         stream = self._open_stream()
         try:
             await _opened(stream)
             await _carry(_to_socket(stream, writer), _to_stream(reader, stream, first))
         finally:
             stream.cancel()
+            self._forwarded -= 1
 
 
 async def _opened(stream: Any) -> None:

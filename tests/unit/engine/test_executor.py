@@ -565,6 +565,17 @@ def test_a_repair_that_fails_leaves_the_pipeline_down(head: Head) -> None:
     assert run(head, step_of("a")).result(0).reason == "node-0: no memory"
 
 
+def test_a_repair_that_fails_in_an_unknown_way_says_so(
+    head: Head, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    head.agent.lose("node-0 went away")
+    monkeypatch.setattr(head.executor, "_load", lambda _: [].pop())
+    reported = wait_for_report(head.executor)
+    head.agent.tell(PipelineRepaired(head.agent.pipeline, [1]))
+    assert "IndexError" in str(reported.result(10))
+
+
 def test_a_stage_lost_while_another_is_repaired(
     head: Head, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """Tunnels over real sockets, gRPC and TLS on loopback."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -326,20 +327,36 @@ async def test_tunnels_are_bounded_on_the_node(
     first.close()
 
 
+@pytest.mark.parametrize("limit", ["MAX_TUNNELS", "MAX_TUNNELS_OF_NODE"])
 async def test_tunnels_are_bounded_on_the_head(
-    tunnelled: Tunnel, monkeypatch: pytest.MonkeyPatch
+    tunnelled: Tunnel, monkeypatch: pytest.MonkeyPatch, limit: str
 ) -> None:
     other = TunnelEntrance(tunnelled.channel.open_stream)
     port = await other.start("127.0.0.1", 0)
     first = await tunnelled.connect()
     await first.ask(b"one", 3)
-    monkeypatch.setattr(tunnel, "MAX_TUNNELS", 1)
+    monkeypatch.setattr(tunnel, limit, 1)
     second = Client(*await asyncio.open_connection("127.0.0.1", port))
     second.writer.write(b"GET / HTTP/1.1\r\n\r\n")
     _, message = await answer_of(second)
     assert "the head carries 1 connections already" in message
     first.close()
     await other.stop()
+
+
+async def test_silent_connections_shut_nobody_out(
+    tunnelled: Tunnel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tunnel, "MAX_TUNNELS", 1)
+    silent = [await tunnelled.connect() for _ in range(3)]
+    client = await tunnelled.connect()
+    assert await client.ask(b"one", 3) == b"one"
+    monkeypatch.setattr(tunnel, "MAX_SOCKETS", 4)
+    late = await tunnelled.connect()
+    with contextlib.suppress(ConnectionError):  # cut at once
+        assert await late.rest() == b""
+    for each in (*silent, client, late):
+        each.close()
 
 
 async def test_a_connection_that_says_nothing_costs_no_stream(
