@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Self, TypeVar
 
 _CLONE_NEWNET = 0x40000000
@@ -44,6 +45,7 @@ class Namespaces:
             for host in ("head", *self._hosts):
                 _ip("netns", "add", _name(host))
                 _ip("-n", _name(host), "link", "set", "lo", "up")
+                run_in(host, _do_not_forward)
             for host, address in self._addresses.items():
                 gateway = f"{address.removesuffix('2')}1"
                 self._lay("head", host)
@@ -106,6 +108,11 @@ def _enter(namespace: str) -> None:
     with open(f"/run/netns/{namespace}") as file:
         if _libc.setns(file.fileno(), _CLONE_NEWNET) != 0:
             raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+
+
+def _do_not_forward() -> None:
+    """A new namespace does what the machine does, and one with containers forwards."""
+    Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
 
 
 def _name(host: str) -> str:
