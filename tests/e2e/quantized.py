@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tests.e2e.models import MAX_MODEL_LEN, copy_tokenizer, vocabulary_size
+from tests.e2e.models import copy_tokenizer, sizes
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -190,18 +190,7 @@ METHODS = {
 def make_quantized(method: Method, tokenizer: Path, folder: Path) -> Path:
     """Save a model into `folder`, which is made: half of the layers in each of two files."""
     config = LlamaConfig(
-        vocab_size=vocabulary_size(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=MAX_MODEL_LEN,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=0,
+        **sizes(tokenizer) | {"num_hidden_layers": NUM_LAYERS},
         dtype=method.dtype,
         architectures=["LlamaForCausalLM"],
         **({"quantization_config": method.config} if method.config else {}),

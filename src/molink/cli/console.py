@@ -4,7 +4,7 @@ import asyncio
 import resource
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -30,6 +30,12 @@ def say(text: str) -> None:
     """One line for the person in front of the terminal."""
     console.print(Text.assemble(("molink", "bold"), f"  {_printable(text)}"))
     sys.stdout.flush()
+
+
+def say_all(texts: Iterable[str | None]) -> None:
+    """Show those that say something, each in a line of its own."""
+    for text in filter(None, texts):
+        say(text)
 
 
 def fail(error: MolinkError) -> NoReturn:

@@ -8,6 +8,7 @@ from molink.core.errors import UsageError
 from molink.engine.owned_flags import name_of, refuse_owned
 from molink.node.stage_host import StageSettings
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEVICES = ("auto", "cpu", "cuda")
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]]+):([0-9]{1,5})")
 

@@ -11,9 +11,15 @@ from typing import IO, Annotated
 
 import typer
 
-from molink.cli.console import fail, own_versions, run_until_signal, say
+from molink.cli.console import fail, own_versions, run_until_signal, say, say_all
 from molink.cli.download import DownloadDisplay
-from molink.cli.flags import check_addresses, check_device, check_flags, stage_settings
+from molink.cli.flags import (
+    LOOPBACK,
+    check_addresses,
+    check_device,
+    check_flags,
+    stage_settings,
+)
 from molink.cli.sglang import in_vllms_words
 from molink.core.errors import IdentityError, LinkError, MolinkError, TokenError, UsageError
 from molink.core.plan import LayerRange
@@ -76,8 +82,7 @@ def join(
         flags = [head, *flags]
         head = None
     flags, notes = in_vllms_words(flags)
-    for note in notes:
-        say(note)
+    say_all(notes)
     try:
         check_device(device)
         check_flags(flags)
@@ -109,8 +114,7 @@ def _say_surroundings(settings: MemberSettings) -> None:
     notes = [here.for_ranks(settings.stage.tensor_parallel_size)]
     if settings.advertise is None:
         notes.append(here.for_node())
-    for note in filter(None, notes):
-        say(note)
+    say_all(notes)
 
 
 def _read_token(token: str | None, file: Path | None, head: str | None) -> JoinToken:
@@ -188,7 +192,7 @@ async def _forwarded_api(
     try:
         await entrance.start(host, port)
         say(f"http://{host}:{port} leads to the head's API")
-        if host not in ("127.0.0.1", "localhost", "::1"):
+        if host not in LOOPBACK:
             say("warning: whoever reaches this port reaches the API; the head's --api-key bars it")
         yield
     finally:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from molink.cli.console import complain, say
+from molink.cli.console import complain, say_all
 from molink.cli.flags import check_addresses
 from molink.core.errors import UsageError
 from molink.engine.owned_flags import name_of
@@ -76,8 +76,7 @@ def run(arguments: Sequence[str]) -> None:
         command, notes = translate(arguments, _free_port())
     except UsageError as error:
         raise SystemExit(complain(error)) from None
-    for note in notes:
-        say(note)
+    say_all(notes)
     app(command, prog_name="molink")
 
 

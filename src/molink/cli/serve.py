@@ -14,9 +14,10 @@ from typing import Annotated
 import psutil
 import typer
 
-from molink.cli.console import fail, own_versions, run_until_signal, say
+from molink.cli.console import fail, own_versions, run_until_signal, say, say_all
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import (
+    LOOPBACK,
     check_addresses,
     check_device,
     check_flags,
@@ -51,7 +52,6 @@ from molink.transport.tunnel import TunnelExit
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANY_MODEL = "default"  # a name that the model has beside its own
 GENERATE_MIDDLEWARE = "molink.gateway.generate.GenerateMiddleware"
 CHAT_STOP_MIDDLEWARE = "molink.gateway.chat_stop.ChatStopMiddleware"
@@ -134,8 +134,7 @@ def _say_surroundings(host: str, port: int, stage: StageSettings) -> None:
     notes = [here.for_ranks(stage.tensor_parallel_size)]
     if host in LOOPBACK:
         notes.append(here.for_api(port))
-    for note in filter(None, notes):
-        say(note)
+    say_all(notes)
 
 
 def _settings(
@@ -167,8 +166,7 @@ def _model_and_flags(model: str, flags: list[str]) -> tuple[str, list[str]]:
         if named is None:
             raise UsageError(f"MODEL comes before vLLM's flags: molink serve MODEL {model} …")
     flags, notes = in_vllms_words(flags)
-    for note in notes:
-        say(note)
+    say_all(notes)
     return named or model, flags
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from molink.core.errors import WireError
+from molink.engine.types import dtype_name
 from molink.wire.tensors import TensorMeta, pack_header, unpack_header
 
 Parts = list[bytes | bytearray | memoryview]
@@ -46,7 +47,7 @@ def pack(tensors: dict[str, torch.Tensor]) -> Parts:
     """Header and raw bytes of CPU tensors; nothing is copied that is contiguous."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metas = [
-        TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        TensorMeta(name, dtype_name(tensor.dtype), tuple(tensor.shape))
         for name, tensor in tensors.items()
     ]
     views = [memoryview(tensor.flatten().view(torch.uint8).numpy()) for tensor in tensors.values()]

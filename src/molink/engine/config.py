@@ -11,6 +11,7 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from molink.core.errors import AdmissionError, UsageError
+from molink.engine.types import dtype_name
 from molink.wire.to_stage import LoadStage, Resolved
 
 
@@ -18,7 +19,7 @@ def resolve(config: VllmConfig) -> Resolved:
     """The values of `config` that all stages must share."""
     lora, speculative = config.lora_config, config.speculative_config
     return Resolved(
-        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        dtype=dtype_name(config.model_config.dtype),
         quantization=config.model_config.quantization,
         kv_cache_dtype=config.cache_config.cache_dtype,
         seed=config.model_config.seed,

@@ -7,6 +7,7 @@ import psutil
 import torch
 from vllm.platforms import current_platform
 
+from molink.engine.types import dtype_name
 from molink.wire.to_agent import StageUp
 
 READ_BYTES = 64 * 1024 * 1024  # larger than caches
@@ -28,7 +29,7 @@ def measure(num_devices: int) -> StageUp:
         free_bytes=_free_bytes(device) * (num_devices if device.type != "cpu" else 1),
         bytes_per_s=READ_BYTES / read_s * num_devices,
         flop_per_s=2 * MATRIX**3 / product_s * num_devices,
-        dtypes=[str(dtype).removeprefix("torch.") for dtype in dtypes],
+        dtypes=[dtype_name(dtype) for dtype in dtypes],
     )
 
 

@@ -20,6 +20,7 @@ from molink.engine.executor import PipelineExecutor
 from molink.engine.objections import in_one_line, one_line
 from molink.engine.owned_flags import refuse_owned
 from molink.engine.refusals import refuse_indivisible
+from molink.engine.types import dtype_name
 from molink.planning.dtypes import shared_dtype
 from molink.wire.to_engine import StagePlace
 
@@ -86,7 +87,7 @@ async def serve(
 def _settle_dtype(arguments: Namespace, stages: Sequence[StagePlace]) -> None:
     """What «auto» means here may be more than the device of another stage can do."""
     model = AsyncEngineArgs.from_cli_args(arguments).create_model_config()
-    wanted = str(model.dtype).removeprefix("torch.")
+    wanted = dtype_name(model.dtype)
     of_nodes = {stage.name: stage.dtypes for stage in stages}
     arguments.dtype = shared_dtype(wanted, of_nodes, is_fixed=arguments.dtype != "auto")
     if arguments.dtype != wanted:

@@ -126,12 +126,13 @@ def build_codec() -> Codec:
     return Codec(registry)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations and the wire have it: «bfloat16»."""
     return str(dtype).removeprefix("torch.")
 
 
 def _dtype_parts(dtype: torch.dtype) -> Parts:
-    name = _dtype_name(dtype)
+    name = dtype_name(dtype)
     if name not in TORCH_DTYPES:
         raise CodecError(f"{dtype} does not cross the wire")
     return [name]
@@ -143,7 +144,7 @@ def _dtype_from(parts: Parts) -> torch.dtype:
 
 def _tensor_parts(tensor: torch.Tensor) -> Parts:
     """Values alone: device, strides and gradient stay behind."""
-    name, shape = _dtype_name(tensor.dtype), list(tensor.shape)
+    name, shape = dtype_name(tensor.dtype), list(tensor.shape)
     num_bytes(name, shape)
     data = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return [name, shape, data]

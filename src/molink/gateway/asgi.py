@@ -26,21 +26,21 @@ class Refusal(Exception):
 
 
 def with_body(
-    receive: Receive, send: Send, change: Callable[[bytes], Awaitable[bytes]], answer: Send
+    receive: Receive, send: Send, change: Callable[[bytes], Awaitable[tuple[bytes, Send]]]
 ) -> tuple[Receive, Send]:
     """What the application receives and sends, so that it gets another body.
 
     The body is read when the application first asks for it: when it has checked the key.
 
     Args:
-        change: makes the other body of the client's, or raises Refusal.
-        answer: takes what the application sends, unless the client is refused.
+        change: makes the other body of the client's, and says who takes the answer to it; or raises
+            Refusal.
     """
     is_read = False
-    refusal: Refusal | None = None
+    answer = send
 
     async def next_message() -> Message:
-        nonlocal is_read, refusal
+        nonlocal is_read, answer
         if is_read:
             return await receive()
         is_read = True
@@ -48,18 +48,25 @@ def with_body(
         if body is None:
             return {"type": "http.disconnect"}
         try:
-            changed = await change(_bounded(body))
+            changed, answer = await change(_bounded(body))
         except Refusal as error:
-            refusal, changed = error, b"null"
+            changed, answer = b"null", _refusing(error, send)
         return {"type": "http.request", "body": changed, "more_body": False}
 
     async def forward(message: Message) -> None:
-        if refusal is None:
-            await answer(message)
-        elif message["type"] == "http.response.start":
-            await respond_error(send, refusal.status, refusal.kind, refusal.message)
+        await answer(message)
 
     return next_message, forward
+
+
+def _refusing(refusal: Refusal, send: Send) -> Send:
+    """Answers with `refusal`, whatever the application says."""
+
+    async def refuse(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await respond_error(send, refusal.status, refusal.kind, refusal.message)
+
+    return refuse
 
 
 def _bounded(body: bytes) -> bytes:

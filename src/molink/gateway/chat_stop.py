@@ -40,12 +40,12 @@ class ChatStopMiddleware:
             await self._app(scope, receive, send)
             return
 
-        async def change(body: bytes) -> bytes:
+        async def change(body: bytes) -> tuple[bytes, Send]:
             if self._token_ids is None:
                 self._token_ids = await self._find_tokens(scope)
-            return _with_stop(body, self._stop, self._token_ids or [])
+            return _with_stop(body, self._stop, self._token_ids or []), send
 
-        channel = with_body(receive, send, change, send)
+        channel = with_body(receive, send, change)
         await self._app(request_with(scope, CHAT_PATH), *channel)
 
     async def _find_tokens(self, scope: Scope) -> list[int] | None:

@@ -224,20 +224,12 @@ class HeadAgent(Agent):
         self.tell(node, to_agent.Refused(str(error)))
 
     def _stage_up(self, node: NodeId, stage: StageUp) -> None:
-        resources = Resources(
-            stage.device,
-            stage.num_devices,
-            stage.free_bytes,
-            stage.bytes_per_s,
-            stage.flop_per_s,
-            tuple(stage.dtypes),
-        )
         model = self._held.get(node)
         name = self._coordinator.state.node(node).name
         try:
             if model is None:
                 raise WireError("it says it is ready before it has checked the model")
-            self._coordinator.measured(node, resources, model)
+            self._coordinator.measured(node, stage.resources, model)
         except MolinkError as error:
             self._refuse(node, name, error)
             return

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import msgspec
 
+from molink.core.cluster import Resources
 from molink.wire import structs
 from molink.wire.structs import Seconds
 
@@ -27,6 +28,10 @@ class StageUp(msgspec.Struct, frozen=True, tag=True):
     dtypes: Annotated[
         list[Annotated[str, msgspec.Meta(max_length=20)]], msgspec.Meta(max_length=16)
     ]
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(**msgspec.structs.asdict(self) | {"dtypes": tuple(self.dtypes)})
 
 
 class StageCounters(msgspec.Struct, tag=True):

@@ -122,11 +122,6 @@ class Head:
         return request[::-1]
 
 
-@pytest.fixture(scope="module")
-def authority() -> ClusterAuthority:
-    return ClusterAuthority.create("home")
-
-
 @pytest.fixture
 async def head(authority: ClusterAuthority) -> AsyncIterator[Head]:
     head = Head(authority)

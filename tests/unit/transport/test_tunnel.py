@@ -167,11 +167,6 @@ def event_loop_policy(request: pytest.FixtureRequest) -> asyncio.AbstractEventLo
     return policy
 
 
-@pytest.fixture(scope="module")
-def authority() -> ClusterAuthority:
-    return ClusterAuthority.create("home")
-
-
 @pytest.fixture
 async def tunnelled(authority: ClusterAuthority) -> AsyncIterator[Tunnel]:
     tunnelled = Tunnel(authority)
