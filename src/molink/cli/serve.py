@@ -1,6 +1,5 @@
 """`molink serve`: the head of a cluster, or plain vLLM on one machine."""
 
-import json
 import os
 import re
 import secrets
@@ -24,8 +23,8 @@ from molink.cli.flags import (
     pinned,
     stage_settings,
     value_of,
-    values_of,
 )
+from molink.cli.http_flags import http_flags
 from molink.cli.sglang import in_vllms_words, take_model
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.model_files import check_name, read_model
@@ -35,7 +34,6 @@ from molink.core.errors import MolinkError, UsageError
 from molink.core.ids import HEAD
 from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
-from molink.gateway import chat_stop, chat_templates
 from molink.node.engine_host import EngineHost, EngineSettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
@@ -52,9 +50,6 @@ from molink.transport.tunnel import TunnelExit
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
-ANY_MODEL = "default"  # a name that the model has beside its own
-GENERATE_MIDDLEWARE = "molink.gateway.generate.GenerateMiddleware"
-CHAT_STOP_MIDDLEWARE = "molink.gateway.chat_stop.ChatStopMiddleware"
 
 
 def serve(
@@ -108,7 +103,7 @@ def serve(
             )
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
-            _plain_vllm(model, host, port, flags + _http_flags(model, flags))
+            _plain_vllm(model, host, port, flags + http_flags(model, flags))
         check_flags(flags)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
@@ -171,28 +166,7 @@ def _model_and_flags(model: str, flags: list[str]) -> tuple[str, list[str]]:
 
 
 def _engine_flags(model: str, flags: list[str], facts: ModelFacts) -> tuple[str, ...]:
-    return (*flags, *_http_flags(model, flags), *pinned(flags, facts.revision))
-
-
-def _http_flags(model: str, flags: list[str]) -> list[str]:
-    """Flags after the user's own: `/generate`, the chat template they name, a name for any model.
-
-    A template's stop strings go into the environment, where ChatStopMiddleware finds them.
-
-    Raises:
-        UsageError: there is no such chat template.
-    """
-    added = [f"--middleware={GENERATE_MIDDLEWARE}"]
-    if (name := value_of(flags, "--chat-template")) is not None:
-        found = chat_templates.find(name)
-        added.append(f"--chat-template={found.template}")
-        if found.stop:
-            os.environ[chat_stop.STOP_VARIABLE] = json.dumps(found.stop)
-            added.append(f"--middleware={CHAT_STOP_MIDDLEWARE}")
-    names = values_of(flags, "--served-model-name")
-    if not names and value_of(flags, "--config") is not None:
-        return added  # the file may hold names, which ours would replace
-    return [*added, "--served-model-name", *(names or [model]), ANY_MODEL]
+    return (*flags, *http_flags(model, flags), *pinned(flags, facts.revision))
 
 
 def _check_alone(of_cluster: Mapping[str, object]) -> None:
