@@ -61,10 +61,9 @@ class Benchmark:
             for number in range(self._rounds):
                 for server in servers if number % 2 == 0 else servers[::-1]:
                     self._say(f"round {number + 1} of {self._rounds}: {server.name}")
+                    taken = self.results.setdefault(server.name, {})
                     for name, seconds in self._feature_rounds(server, number).items():
-                        self.results.setdefault(server.name, {}).setdefault(name, []).append(
-                            seconds
-                        )
+                        taken.setdefault(name, []).append(seconds)
         self._console.print(costs_table(self.results))
 
     def _feature_rounds(self, server: Contestant, seed: int) -> dict[str, float]:
