@@ -4,7 +4,6 @@ import asyncio
 import gc
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from datetime import timedelta
 from time import time
 
 import pytest
@@ -13,7 +12,7 @@ from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.transport import server
 from molink.transport.credentials import server_credentials
-from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
+from molink.transport.identity import ClusterAuthority, NodeIdentity
 from molink.transport.link import Link
 from molink.transport.server import (
     MAX_ENROLL_REQUEST,
@@ -26,6 +25,8 @@ from molink.transport.server import (
 )
 from molink.transport.token import JoinToken, new_secret
 from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind, Priority
+
+from .conftest import identity_of
 
 NODE = NodeId(1)
 ENGINE, STAGE = Address(HEAD, Port.ENGINE), Address(NODE, Port.STAGE)
@@ -84,15 +85,7 @@ class Head:
         return f"127.0.0.1:{self.port}"
 
     def node(self, node: NodeId) -> NodeIdentity:
-        key = NodeKey()
-        certificate = self.authority.sign_node(
-            key.request_pem(), node=node, name="attic", valid_for=timedelta(days=1)
-        )
-        return key.accept(
-            certificate,
-            self.authority.certificate_pem,
-            authority_key=self.authority.public_key_bytes,
-        )
+        return identity_of(self.authority, node)
 
     def token(self) -> JoinToken:
         token = JoinToken(

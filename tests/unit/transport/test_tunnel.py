@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
-from datetime import timedelta
 
 import grpc.aio
 import pytest
@@ -14,11 +13,13 @@ from molink.core.errors import UsageError
 from molink.core.ids import HEAD, NodeId
 from molink.transport import tunnel
 from molink.transport.credentials import channel_credentials, expect_node, server_credentials
-from molink.transport.identity import ClusterAuthority, NodeIdentity, NodeKey
+from molink.transport.identity import ClusterAuthority, NodeIdentity
 from molink.transport.link import TUNNEL_METHOD
 from molink.transport.server import LinkServer, TunnelChannel
 from molink.transport.token import JoinToken, new_secret
 from molink.transport.tunnel import CHUNK, TunnelEntrance, TunnelExit
+
+from .conftest import identity_of
 
 BIG = bytes(range(256)) * 40_000  # 10 MB, more than all buffers on the way
 
@@ -80,15 +81,7 @@ class Tunnel:
         self.service = Service()
 
     def node(self, node: NodeId) -> NodeIdentity:
-        key = NodeKey()
-        certificate = self.authority.sign_node(
-            key.request_pem(), node=node, name="attic", valid_for=timedelta(days=1)
-        )
-        return key.accept(
-            certificate,
-            self.authority.certificate_pem,
-            authority_key=self.authority.public_key_bytes,
-        )
+        return identity_of(self.authority, node)
 
     async def start(self) -> None:
         self.service_port = await self.service.start()
