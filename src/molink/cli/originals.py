@@ -45,12 +45,22 @@ _V1 = {
 
 _OF_SERVER = ("--model", "--model-path", "--host", "--port")
 _HTTP_FLAGS = """
---allow-credentials --allowed-headers --allowed-methods --allowed-origins --api-key --chat-template
---chat-template-content-format --disable-fastapi-docs --disable-uvicorn-access-log
---enable-auto-tool-choice --enable-prompt-tokens-details --enable-request-id-headers
---enable-server-load-tracking --enable-ssl-refresh --log-level --lora-modules --max-log-len
---middleware --response-role --return-tokens-as-token-ids --root-path --ssl-ca-certs --ssl-cert-reqs
---ssl-certfile --ssl-keyfile --tool-call-parser --tool-parser-plugin --uvicorn-log-level
+--allow-credentials --allowed-headers --allowed-methods --allowed-origins
+--anthropic-disabled-thinking-effort --api-key --api-server-count --chat-template
+--chat-template-content-format --cohere-format --cohere-is-reasoning-model
+--data-parallel-supervisor-port --default-chat-template-kwargs --disable-access-log-for-endpoints
+--disable-fastapi-docs --disable-uvicorn-access-log --dp-supervisor-probe-failure-threshold
+--dp-supervisor-probe-interval-s --dp-supervisor-probe-timeout-s --enable-auto-tool-choice
+--enable-flash-late-interaction --enable-force-include-usage --enable-log-deltas
+--enable-log-outputs --enable-offline-docs --enable-per-request-metrics
+--enable-prompt-tokens-details --enable-request-id-headers --enable-scale-out
+--enable-server-load-tracking --enable-ssl-refresh --enable-tokenizer-info-endpoint
+--exclude-tools-when-tool-choice-none --fingerprint-mode --fingerprint-value --grpc --grpc-port
+--h11-max-header-count --h11-max-incomplete-event-size --headless --log-error-stack --lora-modules
+--max-log-len --middleware --response-role --return-tokens-as-token-ids --root-path
+--sse-keep-alive-interval --ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile
+--tokens-only --tool-call-parser --tool-parser-plugin --tool-server --tool-strict-level
+--trust-request-chat-template --trust-request-mm-kwargs --uds --uvicorn-log-level -asc
 """
 _OF_HTTP = frozenset(_HTTP_FLAGS.split())
 """The HTTP server's flags, which people copied from the first server's command to the others'."""
@@ -217,12 +227,16 @@ def _without_http(flags: list[str]) -> tuple[list[str], list[str]]:
     drops = False
     for flag in flags:
         if flag.startswith("-") and not _NUMBER.fullmatch(flag):
-            drops = name_of(flag) in _OF_HTTP
+            drops = _is_of_http(name_of(flag))
             if drops:
                 dropped.append(name_of(flag))
         if not drops:
             kept.append(flag)
     return kept, dropped
+
+
+def _is_of_http(name: str) -> bool:
+    return name.replace("--no-", "--", 1) in _OF_HTTP
 
 
 def _agent_port(given: Mapping[str, str]) -> int:

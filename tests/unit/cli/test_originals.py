@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from molink.cli import originals
 from molink.cli.originals import translate
@@ -227,6 +230,16 @@ def test_help_is_that_of_serve(run: Run, capsys: pytest.CaptureFixture[str]) -> 
         originals.run(["--help"])
     assert ending.value.code == 0
     assert "--layers" in capsys.readouterr().out
+
+
+def test_every_flag_of_vllms_http_server_is_told_from_the_engines() -> None:
+    parser = FlexibleArgumentParser()
+    AsyncEngineArgs.add_cli_args(parser)
+    of_engine = set(parser._option_string_actions)
+    names = set(make_arg_parser(FlexibleArgumentParser())._option_string_actions) - of_engine
+    names -= {"--host", "--port", "--config"}  # ours, and a file that may hold both kinds
+    assert {name for name in names if not originals._is_of_http(name)} == set()
+    assert {name for name in of_engine if originals._is_of_http(name)} == set()
 
 
 @given(st.integers(0, 999), st.integers(0, 999))
