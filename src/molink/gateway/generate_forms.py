@@ -260,13 +260,15 @@ class SglangForm(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 def read_form(body: bytes) -> Form:
-    """The form a request is in.
+    """The form a request is in; a null is what is not given.
 
     Raises:
         FormError: it is in neither; the message names the field.
     """
     try:
-        request = msgspec.json.decode(body, type=dict[str, Any])
+        request = _without_none(msgspec.json.decode(body, type=Json))
+        if isinstance(sampling := request.get("sampling_params"), dict):
+            request["sampling_params"] = _without_none(sampling)
         if request.keys() & {"text", "input_ids"}:
             return msgspec.convert(request, SglangForm)
         if "prompt" not in request:

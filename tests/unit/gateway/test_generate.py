@@ -132,6 +132,8 @@ async def test_defaults_are_the_originals_and_not_the_models(vllm: Completions) 
     assert (defaults | penalties).items() <= vllm.body.items()
     await post(vllm, {"text": "x"})
     assert (defaults | penalties).items() <= vllm.body.items()
+    await post(vllm, {"text": "x", "rid": None, "sampling_params": {"temperature": None}})
+    assert (defaults | penalties).items() <= vllm.body.items()
 
 
 async def test_several_prompts_and_several_outputs(vllm: Completions) -> None:
