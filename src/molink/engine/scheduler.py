@@ -18,6 +18,8 @@ from molink.planning.micro_batches import (
     prefill_tokens_per_step,
 )
 
+UNKNOWN = -1  # losses: what the stages hold fits no count
+
 
 class PipelineScheduler(Scheduler):
     """Cuts work so that all stages have some; ends requests whose pipeline is lost."""
@@ -52,7 +54,7 @@ class PipelineScheduler(Scheduler):
         return super().schedule(throttle_prefills)
 
     def _forget_lost_prefixes(self) -> None:
-        """Empty the prefix cache of a pipeline that was lost while no step was in flight.
+        """Empty the prefix cache of a pipeline that was lost, or lost a step.
 
         While requests run this waits: their own lost steps will end them.
         """
@@ -119,8 +121,7 @@ class PipelineScheduler(Scheduler):
         ended, self._refused = self._refused, []
         if isinstance(model_runner_output, LostStep):
             ended += self.finish_requests(None, RequestStatus.FINISHED_ERROR)
-            # The KV cache of a lost stage is gone, so cached prefixes are too.
-            self.reset_prefix_cache()
+            self._losses = UNKNOWN
             scheduler_output = SchedulerOutput.make_empty()
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
