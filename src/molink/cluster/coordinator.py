@@ -13,11 +13,12 @@ from molink.cluster.events import (
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    PipelineDropped,
     PipelinePlanned,
     StageLost,
     TokenCreated,
 )
-from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, Role, apply
+from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, apply
 from molink.cluster.store import StateStore
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import AdmissionError, PlanError
@@ -127,10 +128,13 @@ class Coordinator:
             self._record(NodeLost(node, reason[:_MAX_REASON], self._clock()))
 
     def stage_lost(self, node: NodeId, reason: str) -> None:
-        """A node's stage process ended; nothing happens for a node that has no stage."""
-        self._known(node)
-        if self._state.role(node) is Role.STAGE:
+        """A node's stage process ended; nothing happens for a node that is lost itself."""
+        if self._known(node).is_connected:
             self._record(StageLost(node, reason[:_MAX_REASON], self._clock()))
+
+    def drop_pipeline(self) -> None:
+        """Plan as if for the first time: the engine that knew the pipeline never served."""
+        self._record(PipelineDropped(self._clock()))
 
     def plan(self) -> Pipeline | Waiting:
         """The pipeline to run now: the present one, a new one, or a mended one of a later epoch.

@@ -77,6 +77,13 @@ class PipelinePlanned:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class PipelineDropped:
+    """What was planned never served: the next plan need not be like it."""
+
+    at: float
+
+
 Event = (
     HeadStarted
     | TokenCreated
@@ -86,4 +93,5 @@ Event = (
     | NodeLost
     | StageLost
     | PipelinePlanned
+    | PipelineDropped
 )

@@ -10,6 +10,7 @@ from molink.cluster.events import (
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    PipelineDropped,
     PipelinePlanned,
     StageLost,
     TokenCreated,
@@ -121,6 +122,8 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
             return _stage_down(joined, node)
         case PipelinePlanned(pipeline, _):
             return _pipeline_planned(state, pipeline)
+        case PipelineDropped():
+            return replace(state, pipeline=None, is_down=False)
 
 
 def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:

@@ -103,6 +103,24 @@ def test_a_spare_of_another_tensor_parallel_size_is_not_taken(make_cluster: Make
     assert "the pipeline is down: beta" in waiting(cluster.coordinator.plan())
 
 
+def test_after_a_pipeline_that_never_served_another_may_be_quite_different(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.ready("beta")
+    cluster.coordinator.plan()
+    cluster.coordinator.node_lost(beta, "test")
+    cluster.coordinator.drop_pipeline()
+    assert waiting(cluster.coordinator.plan()) == "1 of 2 nodes are ready; alpha ready"
+    gamma = cluster.join("gamma")
+    cluster.rejoin(gamma, "gamma", tensor_parallel_size=2)
+    cluster.measure(gamma)
+    planned = cluster.coordinator.plan()
+    assert isinstance(planned, Pipeline)
+    assert planned.epoch == 2
+    assert (planned.stages[1].node, planned.stages[1].tensor_parallel_size) == (gamma, 2)
+
+
 def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(head_layers="0:4")
     beta = cluster.ready("beta", "4:8")

@@ -237,6 +237,7 @@ def test_every_change_is_on_disk_before_the_call_returns(
         lambda: coordinator.stage_lost(HEAD, "killed"),
         lambda: coordinator.node_lost(NodeId(1), "gone"),
         lambda: coordinator.add_token(b"root", 1e12),
+        lambda: coordinator.drop_pipeline(),
     ]
     for change in changes:
         before = cluster.state
@@ -259,15 +260,19 @@ def _full(state: ClusterState) -> None:
     raise OSError("disk full")
 
 
-def test_losing_twice_or_a_stage_of_a_spare_changes_nothing(make_cluster: MakeCluster) -> None:
+def test_losing_a_spare_leaves_the_pipeline_and_losing_it_again_does_nothing(
+    make_cluster: MakeCluster,
+) -> None:
     cluster = make_cluster(2)
     cluster.ready("beta")
     gamma = cluster.ready("gamma")
     cluster.coordinator.plan()
-    cluster.coordinator.stage_lost(gamma, "no stage")
+    cluster.coordinator.stage_lost(gamma, "killed")
+    assert cluster.state.node(gamma).status is NodeStatus.JOINED
     cluster.coordinator.node_lost(gamma, "gone")
     before = cluster.state
     cluster.coordinator.node_lost(gamma, "gone again")
+    cluster.coordinator.stage_lost(gamma, "killed before")
     assert cluster.state is before
     assert not before.is_down
 
@@ -282,6 +287,8 @@ def happen(cluster: Any, what: str, node: NodeId, layers: str | None) -> None:
         cluster.coordinator.node_lost(node, "gone")
     elif what == "kill":
         cluster.coordinator.stage_lost(node, "killed")
+    elif what == "drop":
+        cluster.coordinator.drop_pipeline()
     elif what == "return":
         cluster.rejoin(node, f"n{node}", layers)
         cluster.measure(node)
@@ -292,7 +299,7 @@ def happen(cluster: Any, what: str, node: NodeId, layers: str | None) -> None:
     st.none() | st.integers(1, 3),
     st.lists(
         st.tuples(
-            st.sampled_from(["new", "return", "return", "return", "lose", "kill", "restart"]),
+            st.sampled_from(["new", *["return"] * 3, "lose", "kill", "restart", "drop"]),
             st.integers(0, 3).map(NodeId),
             st.none() | st.sampled_from(["0:4", "4:8", "2:6"]),
         ),
