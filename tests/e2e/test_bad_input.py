@@ -17,7 +17,7 @@ from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import Running, requests_in_flight
 
 import molink
-from molink.cluster.model_files import read_model
+from molink.checkpoint.model import read_model
 from molink.transport.identity import ClusterAuthority
 from molink.transport.token import JoinToken, new_secret
 from molink.wire.frames import PROTOCOL_VERSION

@@ -13,6 +13,7 @@ from typing import Annotated
 import psutil
 import typer
 
+from molink.checkpoint.model import check_name, read_model
 from molink.cli.console import fail, own_versions, run_until_signal, say, say_all
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import (
@@ -27,7 +28,6 @@ from molink.cli.flags import (
 from molink.cli.http_flags import http_flags
 from molink.cli.sglang import in_vllms_words, take_model
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.model_files import check_name, read_model
 from molink.cluster.state import ClusterState
 from molink.cluster.store import Store
 from molink.core.errors import MolinkError, UsageError

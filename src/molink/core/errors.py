@@ -8,7 +8,9 @@ MolinkError
 ├── AdmissionError    the head refused a node, or the node refused the head; names both values
 ├── PlanError         layer ranges that cannot make a pipeline; names nodes and layers
 ├── LinkError         another machine cannot be reached, or went away
-└── StageError        a stage failed; carries what it said
+├── HubError          the hub failed; a later start may find it well
+├── StageError        a stage failed; carries what it said
+└── EngineError       the engine's process ended; carries what it said last
 """
 
 
@@ -44,9 +46,17 @@ class LinkError(MolinkError):
     """Another machine cannot be reached or went away."""
 
 
+class HubError(MolinkError):
+    """The hub of models failed in a way that may pass."""
+
+
 class StageError(MolinkError):
     """A stage failed; the message carries what it said, `node` whose it is, where that is known."""
 
     def __init__(self, text: str, node: int | None = None) -> None:
         super().__init__(text)
         self.node = node
+
+
+class EngineError(MolinkError):
+    """The engine's process ended by itself; the message carries its last words."""

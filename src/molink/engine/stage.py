@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from molink.core.errors import MolinkError, StageError, UsageError
+from molink.core.errors import HubError, MolinkError, StageError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, StepId, unpack
 from molink.engine.grammar import unpack_grammar
@@ -102,6 +102,7 @@ class StageLoop:
         Raises:
             LinkError: it has closed.
             UsageError: the layers cannot be loaded with this node's flags and files.
+            HubError: the files cannot be downloaded now.
             Exception: a step failed; whatever vLLM raised.
         """
         threading.Thread(target=self._report, name="stage-counters", daemon=True).start()
@@ -174,7 +175,7 @@ class StageLoop:
         try:
             answer = self._answer(method, args, kwargs)
         except MolinkError as error:
-            if method == "load" and isinstance(error, UsageError):
+            if method == "load" and isinstance(error, UsageError | HubError):
                 raise  # another node may do better
             self._reply(Kind.FAILURE, message, str(error))
         except Exception as error:

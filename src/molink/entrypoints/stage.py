@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import LinkError, UsageError
+from molink.core.errors import HubError, LinkError, UsageError
 from molink.core.ids import Address, NodeId, Port
 from molink.engine.environment import die_with_parent, export, prepare_environment
 from molink.node.download import StageFiles, Tell
-from molink.node.processes import EXIT_USAGE
+from molink.node.processes import EXIT_HUB_FAILED, EXIT_USAGE
 from molink.wire.to_stage import LoadStage
 
 
@@ -53,10 +53,10 @@ def main() -> None:
         StageLoop(socket, build_codec(), settings).run()
     except LinkError:
         os._exit(0)  # the agent is gone, and with it every reason to run
-    except UsageError as error:
+    except (UsageError, HubError) as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()
-        os._exit(EXIT_USAGE)
+        os._exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_HUB_FAILED)
 
 
 def _files(options: argparse.Namespace, parser: Any, load: LoadStage) -> StageFiles:
@@ -75,7 +75,7 @@ def _files(options: argparse.Namespace, parser: Any, load: LoadStage) -> StageFi
 
 
 def _bring(files: StageFiles, tell: Tell) -> str:
-    """Have the stage's files here, one rank after the other. Raises UsageError."""
+    """Have the stage's files here, one rank after the other. Raises UsageError or HubError."""
     with (files.run_folder / "files.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return files.bring(tell)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from molink.core.errors import LinkError, MolinkError, UsageError, WireError
+from molink.core.errors import HubError, LinkError, MolinkError, StageError, UsageError, WireError
 from molink.core.ids import Address, NodeId, Port
 from molink.node.home import RunFolder
 from molink.node.switch import Switch
@@ -199,10 +199,10 @@ class Agent:
         """Whether another process for a stage that ended might do better; if not, `run` raises."""
         self._downloads(None)
         self._failed_stages += 1
-        if isinstance(reason, UsageError):
+        if isinstance(reason, UsageError | HubError):
             self.fail(reason)
         elif self._failed_stages > STAGE_RESTARTS:
-            self.fail(UsageError(f"the stage's process does not come up: {reason}"))
+            self.fail(StageError(f"the stage's process does not come up: {reason}"))
         else:
             return True
         return False

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from molink.cluster.checkpoint import Share, check_files, choose_files, link_files
-from molink.cluster.hub import HubFile, HubModel
-from molink.cluster.model_files import find_model
-from molink.core.errors import UsageError
+from molink.checkpoint.hub import HubFile, HubModel
+from molink.checkpoint.model import find_model
+from molink.checkpoint.weights import Share, check_files, choose_files, link_files
+from molink.core.errors import MolinkError, UsageError
 from molink.core.plan import LayerRange
 from molink.wire.to_agent import Downloading, Notice
 
@@ -48,6 +48,7 @@ class StageFiles:
 
         Raises:
             UsageError: a file is missing, damaged or cannot be downloaded; it is named.
+            HubError: so is one that cannot be downloaded now.
         """
         if self.load_format not in LOAD_FORMATS:
             return self.model
@@ -58,12 +59,12 @@ class StageFiles:
         model = HubModel(self.model, found.revision, self.cache)
         try:
             files = model.list_files()
-        except UsageError as error:
+        except MolinkError as error:
             return self._cached(model, share, error)
         self._download(model, files, share, tell)
         return self._checked(model.folder, share)
 
-    def _cached(self, model: HubModel, share: Share, unreachable: UsageError) -> str:
+    def _cached(self, model: HubModel, share: Share, unreachable: MolinkError) -> str:
         """What an earlier time has left; raises `unreachable` if that is not enough."""
         try:
             return self._checked(model.folder, share)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from molink.core.errors import EngineError, MolinkError, UsageError
 from molink.node.home import RunFolder
-from molink.node.processes import EXIT_USAGE, Child
+from molink.node.processes import EXIT_USAGE, Child, how_it_ended
 
 ENGINE_MODULE = "molink.entrypoints.engine"
 
@@ -25,7 +26,8 @@ class EngineHost:
     """Owns the engine's process.
 
     Args:
-        gone: called with the reason when it ended by itself.
+        gone: called with the reason when it ended by itself; a UsageError if another one would
+            end in the same way.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class EngineHost:
         settings: EngineSettings,
         run_folder: RunFolder,
         logs: Path,
-        gone: Callable[[str], None],
+        gone: Callable[[MolinkError], None],
     ) -> None:
         self._settings = settings
         self._run_folder = run_folder
@@ -68,9 +70,7 @@ class EngineHost:
         if child is not self._child:
             return
         if status == EXIT_USAGE:
-            self._gone(child.tail(1))
+            self._gone(UsageError(child.tail(1)))
         else:
-            self._gone(
-                f"the engine ended with status {status}; the last lines of {child.log}:\n"
-                f"{child.tail()}"
-            )
+            last = f"the last lines of {child.log}:\n{child.tail()}"
+            self._gone(EngineError(f"the engine {how_it_ended(status)}; {last}"))

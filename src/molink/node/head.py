@@ -72,7 +72,7 @@ class HeadAgent(Agent):
         settings: HeadSettings,
         run_folder: RunFolder,
         stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
-        engine_host: Callable[[Callable[[str], None]], EngineHost],
+        engine_host: Callable[[Callable[[MolinkError], None]], EngineHost],
         say: Callable[[str], None],
         show_download: Callable[[Downloading | None], None],
         api: TunnelExit,
@@ -339,17 +339,18 @@ class HeadAgent(Agent):
 
     # The engine
 
-    def _engine_gone(self, reason: str) -> None:
+    def _engine_gone(self, reason: MolinkError) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
         if self._deployment.http_up or not self._deployment.was_lost:
-            self.fail(UsageError(self._engine_failure or reason))
+            self.fail(UsageError(self._engine_failure) if self._engine_failure else reason)
         else:
             self.spawn(self._restart_engine())
 
     async def _restart_engine(self) -> None:
-        """Give a new engine stages that hold nothing."""
+        """Give a new engine stages that hold nothing, on whatever nodes there are by then."""
         nodes = self._deployment.nodes
         self._deployment.forget()
+        self._coordinator.drop_pipeline()
         self._engine_failure = ""
         await self._empty_stages(nodes, "its engine starts anew")
         await self._engine.start()

@@ -4,9 +4,9 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from molink.cluster.model_files import FoundModel, config_hash, find_model
+from molink.checkpoint.model import FoundModel, config_hash, find_model
 from molink.core.cluster import Versions
-from molink.core.errors import AdmissionError, LinkError, MolinkError, UsageError, WireError
+from molink.core.errors import AdmissionError, LinkError, MolinkError, WireError
 from molink.core.ids import HEAD, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.home import RunFolder
@@ -195,7 +195,7 @@ class MemberAgent(Agent):
         path = self._settings.model or welcome.model
         try:
             model = await asyncio.to_thread(find_model, path, welcome.revision)
-        except UsageError as error:
+        except MolinkError as error:
             self.fail(error)
             return
         self._model = model

@@ -14,6 +14,7 @@ from molink.engine.environment import PARENT_VARIABLE
 STOP_TIMEOUT_S = 5.0
 TAIL_LINES = 15
 EXIT_USAGE = 2  # a parser of flags ends a process with it, after one line that says why
+EXIT_HUB_FAILED = os.EX_TEMPFAIL  # the same for a failure that may pass
 ExitHandler = Callable[["Child", int], None]
 
 
@@ -93,3 +94,8 @@ class Child:
         """The last lines of the log."""
         with open(self.log, errors="replace") as log:
             return "".join(deque(log, lines)).rstrip()
+
+
+def how_it_ended(status: int) -> str:
+    """What became of a process, as a predicate."""
+    return f"killed by signal {-status}" if status < 0 else f"ended with status {status}"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from molink.core.errors import MolinkError, StageError, UsageError
+from molink.core.errors import HubError, MolinkError, StageError, UsageError
 from molink.node.home import RunFolder
-from molink.node.processes import EXIT_USAGE, Child
+from molink.node.processes import EXIT_HUB_FAILED, EXIT_USAGE, Child, how_it_ended
 
 logger = logging.getLogger("molink.agent")
 STAGE_MODULE = "molink.entrypoints.stage"
@@ -28,8 +28,8 @@ class StageHost:
 
     Args:
         gone: called with the reason when processes ended by themselves; all are stopped before. It
-            is a UsageError if another one would end in the same way. Not called if `restart` or
-            `stop` came first.
+            is a UsageError if another one would end in the same way, a HubError if one might that
+            comes at once. Not called if `restart` or `stop` came first.
     """
 
     def __init__(
@@ -89,8 +89,10 @@ class StageHost:
             return
         if status == EXIT_USAGE:
             self._lost = UsageError(child.tail(1))
+        elif status == EXIT_HUB_FAILED:
+            self._lost = HubError(child.tail(1))
         else:
-            self._lost = StageError(_how(status))
+            self._lost = StageError(how_it_ended(status))
             if status > 0:
                 logger.warning("the last lines of %s:\n%s", child.log, child.tail())
         self._ended = asyncio.create_task(self._give_up())
@@ -102,7 +104,3 @@ class StageHost:
                 return
             await self._stop()
         self._gone(reason)
-
-
-def _how(status: int) -> str:
-    return f"killed by signal {-status}" if status < 0 else f"ended with status {status}"

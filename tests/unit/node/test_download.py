@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tests.e2e.hub import COMMIT, Hub
 
-from molink.cluster.checkpoint import INDEX, read_header, read_index
-from molink.core.errors import UsageError
+from molink.checkpoint.weights import INDEX, read_header, read_index
+from molink.core.errors import HubError, UsageError
 from molink.core.plan import LayerRange
 from molink.node.download import StageFiles
 from molink.wire.to_agent import Downloading, Notice
@@ -208,7 +208,7 @@ def test_a_hub_that_hangs_is_named_with_its_file_and_a_new_start_goes_on(
     with (
         hub.misbehaving(hangs_after={"zero.safetensors": 2 << 20}),
         pytest.raises(
-            UsageError,
+            HubError,
             match=r"cannot download zero\.safetensors of maker/sharded: the hub does not "
             r"answer \(ReadTimeout\); a new start goes on where this ended",
         ),
@@ -219,12 +219,11 @@ def test_a_hub_that_hangs_is_named_with_its_file_and_a_new_start_goes_on(
     assert [(r.file, r.start) for r in hub.downloads("test")] == [("zero.safetensors", 2 << 20)]
 
 
-def test_other_bytes_than_the_hub_said_are_not_kept(tmp_path: Path, hub: Hub) -> None:
+@pytest.mark.parametrize("name", ["zero.safetensors", "tokenizer.json"])
+def test_other_bytes_than_the_hub_said_are_not_kept(tmp_path: Path, hub: Hub, name: str) -> None:
     with (
-        hub.misbehaving(corrupts={"zero.safetensors"}),
-        pytest.raises(
-            UsageError, match=r"zero\.safetensors of maker/sharded arrived damaged: its sha256"
-        ),
+        hub.misbehaving(corrupts={name}),
+        pytest.raises(HubError, match=rf"{name} of maker/sharded arrived damaged: its hash"),
     ):
         Stage(tmp_path, "maker/sharded").bring()
     folder = Stage(tmp_path, "maker/sharded").bring()
@@ -247,6 +246,12 @@ def test_a_hub_that_refuses_says_why(
     with hub.misbehaving(refuses=refusal), pytest.raises(UsageError, match=words) as raised:
         Stage(tmp_path, "maker/sharded").bring()
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_may_pass_is_told_apart(tmp_path: Path, hub: Hub, status: int) -> None:
+    with hub.misbehaving(refuses=(status, "")), pytest.raises(HubError, match=str(status)):
+        Stage(tmp_path, "maker/sharded").bring()
 
 
 def test_a_hub_that_is_away_does_not_matter_if_all_is_there(tmp_path: Path, hub: Hub) -> None:

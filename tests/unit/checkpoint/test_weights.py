@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molink.cluster.checkpoint import (
+from molink.checkpoint.weights import (
     INDEX,
     Share,
     check_files,

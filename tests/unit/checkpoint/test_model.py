@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.e2e.hub import COMMIT, Hub
 
-from molink.cluster.checkpoint import MAX_HEADER_BYTES
-from molink.cluster.model_files import config_hash, read_model
+from molink.checkpoint.model import config_hash, read_model
+from molink.checkpoint.weights import MAX_HEADER_BYTES
 from molink.core.errors import UsageError
 
 CONFIG = {

@@ -11,10 +11,11 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import UsageError
+from molink.core.errors import HubError, UsageError
 
 CHUNK_BYTES = 1 << 20  # what is written, and counted, at once
 _API_TIMEOUT_S = 30.0
@@ -29,6 +30,13 @@ class HubFile:
     size: int  # bytes
     etag: str  # names its content in the cache; the sha256 of it if `is_large`
     is_large: bool
+
+    def digest(self, path: Path) -> str:
+        """What the etag is if `path` holds the file's content."""
+        with path.open("rb") as file:
+            if self.is_large:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha1(b"blob %d\0" % self.size + file.read()).hexdigest()
 
 
 class HubModel:
@@ -51,7 +59,12 @@ class HubModel:
         self.folder = self._storage / "snapshots" / commit
 
     def list_files(self) -> dict[str, HubFile]:
-        """All files of the commit, by name. Raises UsageError if the hub does not say."""
+        """All files of the commit, by name.
+
+        Raises:
+            UsageError: the hub does not give them.
+            HubError: it does not answer.
+        """
         from huggingface_hub import HfApi
 
         with _clear_errors(f"cannot ask the hub for the files of {self.name}"):
@@ -78,7 +91,8 @@ class HubModel:
             moved: called with the number of the file's bytes that are there.
 
         Raises:
-            UsageError: the hub does not give the file, stops answering, or gave other bytes.
+            UsageError: the hub does not give the file, or the disk does not take it.
+            HubError: the hub stops answering, or gave other bytes.
         """
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -122,10 +136,10 @@ class HubModel:
                 headers=build_hf_headers(),
                 expected_size=file.size,
             )
-        if file.is_large and (found := _sha256(part)) != file.etag:
+        if (found := file.digest(part)) != file.etag:
             part.unlink()
-            raise UsageError(
-                f"{file.name} of {self.name} arrived damaged: its sha256 is {found}, the hub says "
+            raise HubError(
+                f"{file.name} of {self.name} arrived damaged: its hash is {found}, the hub says "
                 f"{file.etag}; start again to download it anew"
             )
 
@@ -182,14 +196,9 @@ def _hub_file(sibling: Any) -> HubFile:
     return HubFile(sibling.rfilename, sibling.size, etag, sibling.lfs is not None)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
 def _clear_errors(doing: str = "", then: str = "") -> Iterator[None]:
-    """Say in one line what the hub or the disk refused. Raises UsageError."""
+    """Say in one line what the hub or the disk refused. Raises HubError for what may pass."""
     from httpx2 import HTTPError
     from huggingface_hub.errors import SafetensorsParsingError
 
@@ -197,7 +206,24 @@ def _clear_errors(doing: str = "", then: str = "") -> Iterator[None]:
         yield
     except (HTTPError, OSError, ValueError, SafetensorsParsingError) as error:
         reason = _reason(error) + then
-        raise UsageError(f"{doing}: {reason}" if doing else reason) from error
+        kind = HubError if _may_pass(error) else UsageError
+        raise kind(f"{doing}: {reason}" if doing else reason) from error
+
+
+def _may_pass(error: Exception) -> bool:
+    import httpx2
+    from huggingface_hub import errors
+
+    match error:
+        case errors.LocalEntryNotFoundError(__cause__=Exception() as cause):
+            return _may_pass(cause)
+        case errors.HfHubHTTPError():
+            status = error.response.status_code
+            return status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or (
+                status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            )
+        case _:
+            return isinstance(error, httpx2.HTTPError)
 
 
 def _reason(error: Exception) -> str:

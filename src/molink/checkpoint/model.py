@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molink.cluster import hub
-from molink.cluster.checkpoint import INDEX, layer_of, read_header, read_index, read_json
-from molink.core.errors import UsageError
+from molink.checkpoint import hub
+from molink.checkpoint.weights import INDEX, layer_of, read_header, read_index, read_json
+from molink.core.errors import HubError, UsageError
 from molink.core.model import ModelFacts
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -127,8 +127,8 @@ def _find(name: str, revision: str | None) -> Path:
     check_name(name)
     try:
         return hub.fetch_config(name, revision).parent
-    except UsageError as error:
-        raise UsageError(
+    except (UsageError, HubError) as error:
+        raise type(error)(
             f"{name} is neither a folder on this machine nor a model the hub gives ({error}): "
             "give its folder (on a node that joins, with --model PATH)"
         ) from error
