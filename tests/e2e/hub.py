@@ -59,6 +59,7 @@ class Faults:
     hangs_after: dict[str, int] = field(default_factory=dict)  # bytes of the file
     cuts_after: dict[str, int] = field(default_factory=dict)  # bytes of the file, once
     corrupts: set[str] = field(default_factory=set)  # one byte
+    shortens: set[str] = field(default_factory=set)  # by one byte, as if the file were so long
     bytes_per_s: float = 0.0  # of every file; 0: no limit
 
 
@@ -180,6 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(path, 404, "EntryNotFound")
         entry = _entry(file, folder)
         content = file.read_bytes()
+        if file.name in self.hub.faults.shortens:
+            content = content[:-1]
         start, end = 0, len(content)
         if asked := _RANGE.fullmatch(self.headers.get("Range", "")):
             start = int(asked[1])

@@ -72,7 +72,7 @@ def test_a_format_without_a_kernel_ends_the_cluster(name: str, tmp_path: Path) -
     try:
         cluster.start_head()
         member = cluster.add_member()
-        assert cluster.head.wait(START_S) == 2
+        assert cluster.head.wait(START_S) == 1
         assert member.wait() == 0
         assert WITHOUT_KERNEL[name] in cluster.head.log.splitlines()[-1]
         assert "Traceback" not in cluster.head.log + member.log

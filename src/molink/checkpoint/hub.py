@@ -128,7 +128,7 @@ class HubModel:
         if part.exists() and part.stat().st_size > file.size:
             part.unlink()
         url = hf_hub_url(self.name, file.name, revision=self.commit)
-        with _CountedFile(part, moved) as target:
+        with _CountedFile(part, moved) as target, _network_errors():
             http_get(
                 url,
                 target,
@@ -194,6 +194,21 @@ def _hub_file(sibling: Any) -> HubFile:
     if not isinstance(sibling.size, int) or not _ETAG.fullmatch(str(etag)):
         raise ValueError(f"the hub says neither size nor hash of {sibling.rfilename}")
     return HubFile(sibling.rfilename, sibling.size, etag, sibling.lfs is not None)
+
+
+@contextmanager
+def _network_errors() -> Iterator[None]:
+    """A transfer that ends short is an OSError without a number. Raises HubError for it."""
+    from httpx2 import HTTPError
+
+    try:
+        yield
+    except HTTPError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise HubError(_first_line(error)) from error
 
 
 @contextmanager

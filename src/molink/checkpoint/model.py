@@ -4,6 +4,7 @@ Only `config.json` and the JSON headers of the safetensors files are read, so th
 milliseconds for a model of any size in a local folder, and a few requests for one on the hub.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -74,7 +75,8 @@ def read_model(name: str, revision: str | None = None) -> ModelFacts:
     hidden_size = _number(text, _HIDDEN_SIZE_KEYS, model.folder)
     sizes = _tensor_sizes(model.folder)
     if not sizes and not Path(name).expanduser().exists():
-        sizes = hub.tensor_sizes(name, model.revision)
+        with contextlib.suppress(HubError):  # it may be away, and all that is needed in its cache
+            sizes = hub.tensor_sizes(name, model.revision)
     layers = {tensor: layer_of(tensor, num_layers) for tensor in sizes}
     in_layers = sum(size for tensor, size in sizes.items() if layers[tensor] is not None)
     if in_layers:

@@ -24,7 +24,7 @@ from molink.core.cluster import Resources, Versions
 from molink.core.errors import AdmissionError, PlanError
 from molink.core.ids import HEAD, MAX_NODE_ID, NodeId
 from molink.core.model import ModelFacts
-from molink.core.plan import LayerRange, Pipeline
+from molink.core.plan import LayerRange, Pipeline, Stage
 from molink.planning.split import find_gaps
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -51,6 +51,7 @@ class Coordinator:
         self._clock = clock
         self._versions = versions
         self._nodes_wanted = nodes_wanted
+        self._has_planned = False
 
     @property
     def state(self) -> ClusterState:
@@ -140,11 +141,12 @@ class Coordinator:
         """The pipeline to run now: the present one, a new one, or a mended one of a later epoch.
 
         Raises:
-            PlanError: the nodes wanted are there, but cannot make a pipeline.
+            PlanError: the nodes wanted are there, but cannot make a pipeline. Those of an earlier
+                one could, so that for them it waits.
         """
         state = self._state
         if state.pipeline is None:
-            stages = first_stages(state, self._model, self._nodes_wanted)
+            stages = self._first_stages()
         elif state.is_down:
             stages = mended_stages(state, self._model)
         else:
@@ -153,7 +155,16 @@ class Coordinator:
             return stages
         pipeline = Pipeline(stages, state.last_epoch + 1)
         self._record(PipelinePlanned(pipeline, self._clock()))
+        self._has_planned = True
         return pipeline
+
+    def _first_stages(self) -> tuple[Stage, ...] | Waiting:
+        try:
+            return first_stages(self._state, self._model, self._nodes_wanted)
+        except PlanError as error:
+            if self._has_planned:
+                return Waiting(str(error))
+            raise
 
     def _record(self, event: Event) -> None:
         state = apply(self._state, event)

@@ -10,7 +10,7 @@ MolinkError
 ├── LinkError         another machine cannot be reached, or went away
 ├── HubError          the hub failed; a later start may find it well
 ├── StageError        a stage failed; carries what it said
-└── EngineError       the engine's process ended; carries what it said last
+└── ProcessError      a process of this machine ended, or cannot be started
 """
 
 
@@ -58,5 +58,5 @@ class StageError(MolinkError):
         self.node = node
 
 
-class EngineError(MolinkError):
-    """The engine's process ended by itself; the message carries its last words."""
+class ProcessError(MolinkError):
+    """A process of this machine ended by itself, or cannot be started; the message says why."""

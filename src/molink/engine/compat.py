@@ -150,6 +150,7 @@ def forget_requests(worker: Any) -> None:
     worker.model_runner.execute_model_state = None
     with torch.inference_mode():
         worker.model_runner.execute_model(output)
+    worker.model_runner.reset_encoder_cache()
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class PipelineExecutor(Executor):
             refuse_unsupported(self.vllm_config, [s.tensor_parallel_size for s in stages])
             self._load(range(len(stages)))
         except MolinkError as error:
-            self._session.report_failure(str(error))
+            self._session.report_failure(error)
             raise
         threading.Thread(target=self._report, name="engine-state", daemon=True).start()
 
@@ -247,7 +247,8 @@ class PipelineExecutor(Executor):
             self._session.mended(epoch, f"{type(error).__name__}: {error}")
         else:
             self._session.mended(epoch, None)
-        self._session.report(failed)
+        if epoch == self._session.pipeline.epoch:
+            self._session.report(failed)
 
 
 def _done(value: Any) -> Future[Any]:

@@ -54,11 +54,12 @@ class PipelineScheduler(Scheduler):
         return super().schedule(throttle_prefills)
 
     def _forget_lost_prefixes(self) -> None:
-        """Empty the prefix cache of a pipeline that was lost, or lost a step.
+        """Empty the caches of a pipeline that was lost, or lost a step.
 
         While requests run this waits: their own lost steps will end them.
         """
         if self._losses != losses.count and not self.running and self.reset_prefix_cache():
+            self.reset_encoder_cache()
             self._losses = losses.count
 
     def _ready(self) -> list[Request]:

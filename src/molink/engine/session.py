@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import MolinkError, StageError, WireError
+from molink.core.errors import MolinkError, StageError, UsageError, WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.engine.lost import losses
 from molink.transport.local import LocalSocket
@@ -193,9 +193,10 @@ class EngineSession:
             state = to_agent.EngineState(self.pipeline.epoch, self.down, steps, failed)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
 
-    def report_failure(self, reason: str) -> None:
+    def report_failure(self, error: MolinkError) -> None:
         """Tell the agent why the engine is about to end."""
-        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.EngineFailed(reason))])
+        failure = to_agent.EngineFailed(str(error), isinstance(error, UsageError))
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(failure)])
 
     def close(self) -> None:
         self._socket.close()

@@ -1,7 +1,6 @@
 """Bringing a planned pipeline into being: links between stages, and what the engine is told."""
 
 import asyncio
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
@@ -72,11 +71,12 @@ class Deployment:
         """What an engine that has just started may load; None while there is no such pipeline."""
         return None if self.is_down else self.assigned
 
-    async def assign(self, pipeline: Pipeline, connected: Callable[[], None]) -> None:
-        """Link the stages, then tell the engine; `connected` is called in between."""
+    async def assign(self, pipeline: Pipeline) -> None:
+        """Link the stages, then tell the engine; nothing if it is forgotten meanwhile."""
         before, self.pipeline = self.pipeline, pipeline
         await self._link_stages(pipeline)
-        connected()
+        if self.pipeline is not pipeline:
+            return
         places = [self._place(stage) for stage in pipeline.stages]
         for index, place in enumerate(places):
             text = f"{place.name}: layers {place.start}:{place.end}"

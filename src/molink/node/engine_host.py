@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from molink.core.errors import EngineError, MolinkError, UsageError
+from molink.core.errors import MolinkError, ProcessError, UsageError
 from molink.node.home import RunFolder
 from molink.node.processes import EXIT_USAGE, Child, how_it_ended
 
@@ -73,4 +73,4 @@ class EngineHost:
             self._gone(UsageError(child.tail(1)))
         else:
             last = f"the last lines of {child.log}:\n{child.tail()}"
-            self._gone(EngineError(f"the engine {how_it_ended(status)}; {last}"))
+            self._gone(ProcessError(f"the engine {how_it_ended(status)}; {last}"))

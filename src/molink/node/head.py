@@ -13,12 +13,11 @@ import msgspec
 from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.state import NodeStatus, Role
+from molink.cluster.state import Role
 from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
-from molink.core.errors import MolinkError, StageError, UsageError, WireError
+from molink.core.errors import MolinkError, ProcessError, StageError, UsageError, WireError
 from molink.core.ids import HEAD, NodeId, Port
-from molink.core.plan import Pipeline
 from molink.node.agent import Agent
 from molink.node.deployment import Deployment
 from molink.node.engine_host import EngineHost
@@ -93,7 +92,7 @@ class HeadAgent(Agent):
             api.serve,
         )
         self._changed = asyncio.Event()
-        self._engine_failure = ""  # its own words, if it had time for them
+        self._engine_failure: MolinkError | None = None  # in its own words, if it had time for them
         self._held: dict[NodeId, HeldModel] = {}
         self._remote_hosts: dict[NodeId, str] = {}
         self._waiting_for = ""
@@ -192,12 +191,12 @@ class HeadAgent(Agent):
             return
         self.say(f"the stage's process on this machine is gone ({reason}); starting another")
         self._stage_lost(HEAD, str(reason))
-        self.spawn(self._stage.restart(self._settings.stage))
+        self.spawn(self._stage.restart(self._settings.stage), is_vital=True)
 
     def _stage_failed(self, node: NodeId, reason: str) -> None:
         """A stage could not be brought to where the others are: its node must not take it again."""
         if node == HEAD:
-            self.fail(UsageError(reason))
+            self.fail(StageError(reason))
         elif self._coordinator.state.node(node).is_connected:
             self._refuse(node, self._coordinator.state.node(node).name, StageError(reason))
             self._node_lost(node, reason)
@@ -249,8 +248,8 @@ class HeadAgent(Agent):
                     self.send_control(HEAD, header.source.port, to_engine.encode(assigned))
             case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
                 self._stage_up(HEAD, message)
-            case EngineFailed(reason=reason):
-                self._engine_failure = reason
+            case EngineFailed(reason=reason, is_usage=is_usage):
+                self._engine_failure = (UsageError if is_usage else ProcessError)(reason)
             case EngineState():
                 failed = self._deployment.engine_state(header.source.port, message)
                 if failed is not None:
@@ -332,41 +331,38 @@ class HeadAgent(Agent):
                 self.say(plan.text)
             self._waiting_for = plan.text
         elif plan != self._deployment.pipeline:
-            await self._deployment.assign(plan, lambda: self._address_stages(plan))
-
-    def _address_stages(self, pipeline: Pipeline) -> None:
-        self.switch.stage_nodes = pipeline.nodes
+            self.switch.stage_nodes = plan.nodes
+            await self._deployment.assign(plan)
 
     # The engine
 
     def _engine_gone(self, reason: MolinkError) -> None:
         """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
         if self._deployment.http_up or not self._deployment.was_lost:
-            self.fail(UsageError(self._engine_failure) if self._engine_failure else reason)
+            self.fail(self._engine_failure or reason)
         else:
-            self.spawn(self._restart_engine())
+            self.spawn(self._restart_engine(), is_vital=True)
 
     async def _restart_engine(self) -> None:
         """Give a new engine stages that hold nothing, on whatever nodes there are by then."""
         nodes = self._deployment.nodes
         self._deployment.forget()
         self._coordinator.drop_pipeline()
-        self._engine_failure = ""
+        self._engine_failure = None
         await self._empty_stages(nodes, "its engine starts anew")
         await self._engine.start()
         self._changed.set()
 
     async def _empty_stages(self, nodes: Iterable[NodeId], reason: str) -> None:
         """Have those stages that hold something, and are not gone themselves, begin anew."""
-        for node in nodes:
-            is_ready = self._coordinator.state.node(node).status is NodeStatus.READY
-            if node in self._deployment.unloaded or not is_ready:
-                continue
+        ready = {node.id for node in self._coordinator.state.ready}
+        full = (ready & set(nodes)) - self._deployment.unloaded
+        for node in full:
             self._coordinator.stage_lost(node, reason)
-            if node == HEAD:
-                await self._stage.restart(self._settings.stage)
-            else:
+            if node != HEAD:
                 self.tell(node, RestartStage())
+        if HEAD in full:
+            await self._stage.restart(self._settings.stage)
 
     # What others see
 

@@ -153,7 +153,8 @@ class MemberAgent(Agent):
         self.link_lost(accepted.identity.node, reason)
 
     def link_lost(self, node: NodeId, reason: str) -> None:
-        self.tell_head(to_head.LinkLost(node, reason))
+        if node not in self.switch.links:  # it may have been dialled again
+            self.tell_head(to_head.LinkLost(node, reason))
 
     # Messages
 
@@ -173,7 +174,7 @@ class MemberAgent(Agent):
             case Ping() | Pong() as probe:
                 self.on_ping(node, probe)
             case Welcome() as welcome:
-                self.spawn(self._welcomed(welcome))
+                self.spawn(self._welcomed(welcome), is_vital=True)
             case Refused(reason=reason):
                 self.fail(AdmissionError(reason))
             case Notice(text=text):
@@ -186,19 +187,14 @@ class MemberAgent(Agent):
                     f"stage {stage.stage_index + 1} of {stage.num_stages}"
                 )
             case RestartStage():
-                self.spawn(self._restart_stage())
+                self.spawn(self._restart_stage(), is_vital=True)
             case Shutdown(reason=reason):
                 self.end(reason)
 
     async def _welcomed(self, welcome: Welcome) -> None:
         """Check that this machine holds the head's model, then start the stage."""
         path = self._settings.model or welcome.model
-        try:
-            model = await asyncio.to_thread(find_model, path, welcome.revision)
-        except MolinkError as error:
-            self.fail(error)
-            return
-        self._model = model
+        self._model = model = await asyncio.to_thread(find_model, path, welcome.revision)
         self.say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
         self.tell_head(to_head.ModelChecked(config_hash(model.config), model.revision))
         await self._restart_stage()
@@ -212,7 +208,7 @@ class MemberAgent(Agent):
             return
         self.say(f"the stage's process is gone ({reason}); starting another")
         self.tell_head(to_head.StageGone(str(reason)))
-        self.spawn(self._restart_stage())
+        self.spawn(self._restart_stage(), is_vital=True)
 
     async def _dial(self, order: Dial) -> None:
         node = NodeId(order.node)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from molink.core.errors import ProcessError
 from molink.engine.environment import PARENT_VARIABLE
 
 STOP_TIMEOUT_S = 5.0
@@ -47,10 +48,14 @@ class Child:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Start it, unless `stop` was called before."""
+        """Start it, unless `stop` was called before. Raises ProcessError."""
         async with self._starting:
-            if not self._is_stopped:
+            if self._is_stopped:
+                return
+            try:
                 await self._spawn()
+            except OSError as error:
+                raise ProcessError(f"cannot start a process: {error}") from error
 
     async def _spawn(self) -> None:
         self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

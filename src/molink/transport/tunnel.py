@@ -20,7 +20,7 @@ import grpc.aio
 from molink.core.errors import LinkError, UsageError
 from molink.core.ids import NodeId
 
-MAX_TUNNELS = 256  # at once, on either side
+MAX_TUNNELS = 256  # at once
 MAX_TUNNELS_OF_NODE = 128  # so that one node's clients do not shut out all others
 MAX_SOCKETS = 1024  # of clients that may not have said anything yet
 CHUNK = 64 * 1024  # bytes read at once; the buffers of a direction hold a few
@@ -91,7 +91,6 @@ class TunnelEntrance:
         self._open_stream = open_stream
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
-        self._forwarded = 0
 
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port.
@@ -142,16 +141,12 @@ class TunnelEntrance:
         self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Raises LinkError if nothing could be forwarded, something of _BROKEN after that."""
-        if self._forwarded >= MAX_TUNNELS:
-            raise LinkError(f"this node carries {self._forwarded} connections already")
-        self._forwarded += 1
         stream = self._open_stream()
         try:
             await _opened(stream)
             await _carry(_to_socket(stream, writer), _to_stream(reader, stream, first))
         finally:
             stream.cancel()
-            self._forwarded -= 1
 
 
 async def _opened(stream: Any) -> None:

@@ -72,6 +72,7 @@ class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine is about to end, and why."""
 
     reason: str
+    is_usage: bool = False  # another one would end in the same way
 
 
 # From the head

@@ -121,6 +121,22 @@ def test_after_a_pipeline_that_never_served_another_may_be_quite_different(
     assert (planned.stages[1].node, planned.stages[1].tensor_parallel_size) == (gamma, 2)
 
 
+def test_who_cannot_take_the_place_of_a_node_that_could_waits_for_it(
+    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+) -> None:
+    cluster = make_cluster(2)
+    beta, gamma = cluster.ready("beta"), cluster.join("gamma")
+    cluster.coordinator.plan()
+    small = replace(resources, free_bytes=1)
+    cluster.coordinator.measured(gamma, small, HeldModel.of(model))
+    cluster.coordinator.node_lost(beta, "test")
+    cluster.coordinator.drop_pipeline()
+    assert "gamma" in waiting(cluster.coordinator.plan())
+    cluster.rejoin(beta, "beta")
+    cluster.measure(beta)
+    assert layout(cluster.coordinator.plan())[1] == (beta, "4:8")
+
+
 def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(head_layers="0:4")
     beta = cluster.ready("beta", "4:8")

@@ -279,7 +279,9 @@ def test_a_stage_that_cannot_load_ends_the_start_and_says_why(
     agent.answer = lambda node, rank, method: StageError("too little memory") if node == 7 else None
     with pytest.raises(StageError, match="node-7: too little memory"):
         start(agent)
-    assert agent.sent[-1].content == to_agent.EngineFailed("node-7: too little memory")
+    assert agent.sent[-1].content == to_agent.EngineFailed(
+        "node-7: too little memory", is_usage=False
+    )
 
 
 def test_what_does_not_work_over_stages_is_reported_before_any_stage_loads(

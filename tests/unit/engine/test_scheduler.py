@@ -383,9 +383,11 @@ def test_an_idle_pipeline_that_is_lost_has_no_prefixes_left(
     for name in ("before", "again"):
         engine.add(name, list(range(100)), max_tokens=1)
         engine.drain()
+    engine.scheduler.encoder_cache_manager.cached["an image"] = set()
     monkeypatch.setattr(losses, "count", losses.count + 1)
     engine.add("after", list(range(100)), max_tokens=1)
     engine.drain()
+    assert not engine.scheduler.encoder_cache_manager.cached
     computed = {name: sum(step.get(name, 0) for step in engine.steps) for name in engine.ended}
     assert computed == {"before": 100, "again": 100 - 100 // BLOCK * BLOCK, "after": 100}
 

@@ -230,6 +230,17 @@ def test_other_bytes_than_the_hub_said_are_not_kept(tmp_path: Path, hub: Hub, na
     assert read_header(folder / "zero.safetensors")
 
 
+def test_a_file_that_is_cut_short_on_its_way_may_be_whole_next_time(
+    tmp_path: Path, hub: Hub
+) -> None:
+    with (
+        hub.misbehaving(shortens={"zero.safetensors"}),
+        pytest.raises(HubError, match=r"Consistency check failed"),
+    ):
+        Stage(tmp_path, "maker/sharded").bring()
+    assert read_header(Stage(tmp_path, "maker/sharded").bring() / "zero.safetensors")
+
+
 @pytest.mark.parametrize(
     ("refusal", "words"),
     [

@@ -301,20 +301,6 @@ async def test_an_entrance_that_stops_cuts_connections(tunnelled: Tunnel) -> Non
     client.close()
 
 
-async def test_tunnels_are_bounded_on_the_node(
-    tunnelled: Tunnel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = await tunnelled.connect()
-    await first.ask(b"one", 3)
-    monkeypatch.setattr(tunnel, "MAX_TUNNELS", 1)
-    second = await tunnelled.connect()
-    second.writer.write(b"GET / HTTP/1.1\r\n\r\n")
-    _, message = await answer_of(second)
-    assert "this node carries 1 connections already" in message
-    assert await first.ask(b"two", 3) == b"two"
-    first.close()
-
-
 @pytest.mark.parametrize("limit", ["MAX_TUNNELS", "MAX_TUNNELS_OF_NODE"])
 async def test_tunnels_are_bounded_on_the_head(
     tunnelled: Tunnel, monkeypatch: pytest.MonkeyPatch, limit: str
