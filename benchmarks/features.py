@@ -2,10 +2,10 @@
 
 Both servers answer the same 32 prompts of 128 random tokens, 64 new tokens each, plain and with one
 feature at a time, in turns; both have the same flags and one core a stage. The cost of a feature is
-the seconds of a round with it over those of a plain round of the same server just before. Prints a
-table, writes JSON, asserts nothing.
+the seconds of a round with it over those of a plain round of the same server just before: the
+median of all rounds, the least and the most. Prints a table, writes JSON, asserts nothing.
 
-    python benchmarks/features.py [--quick] [--rounds N] [--json FILE]
+    python benchmarks/features.py [FEATURE…] [--quick] [--rounds N] [--json FILE]
 """
 
 import argparse
@@ -26,9 +26,9 @@ from workload import Workload
 ADAPTER = "adapter"
 PLAIN, PREFIX_HITS = "plain", "prefix hits"
 FEATURES: Mapping[str, Mapping[str, Any]] = {
-    "structured output (regex)": {"structured_outputs": {"regex": "(w[0-9]{1,4})+"}},
+    "structured output": {"structured_outputs": {"regex": "(w[0-9]{1,4})+"}},
     "LoRA": {"model": ADAPTER},
-    "logprobs of 5 tokens": {"logprobs": 5},
+    "logprobs": {"logprobs": 5},
 }
 """What joins the body of every request."""
 ALLOWED = 2.0  # times the cost in one process; more is to be explained
@@ -42,6 +42,7 @@ class Benchmark:
         self._console = console
         self._say = say
         self._rounds: int = options.rounds or (1 if options.quick else 6)
+        self._features = {name: FEATURES[name] for name in options.features or FEATURES}
         self._workload = Workload(output_tokens=16) if options.quick else Workload()
         self.results: dict[str, dict[str, list[float]]] = {}
 
@@ -77,27 +78,30 @@ class Benchmark:
             return ask(server, prompts, workload.output_tokens, extra).seconds
 
         found = {PLAIN: seconds(0, {}), PREFIX_HITS: seconds(0, {})}
-        for number, (name, extra) in enumerate(FEATURES.items(), 1):
+        for number, (name, extra) in enumerate(self._features.items(), 1):
             found[name] = seconds(number, extra)
         server.suspend()
         return found
 
 
-def costs(results: Mapping[str, Mapping[str, Sequence[float]]], feature: str) -> list[float]:
-    """For each server the median seconds with the feature over those without, round by round."""
+def costs(results: Mapping[str, Mapping[str, Sequence[float]]], feature: str) -> list[list[float]]:
+    """For each server the seconds with the feature over those without, round by round."""
     return [
-        median(a / b for a, b in zip(taken[feature], taken[PLAIN], strict=True))
+        [a / b for a, b in zip(taken[feature], taken[PLAIN], strict=True)]
         for taken in results.values()
     ]
 
 
 def costs_table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
     table = Table("seconds of a round, over a plain one", *results, "added, ours / theirs")
-    for feature in (*FEATURES, PREFIX_HITS):
-        one, ours = costs(results, feature)
+    features = next(iter(results.values())).keys() - {PLAIN}
+    for feature in sorted(features):
+        found = costs(results, feature)
+        one, ours = map(median, found)
         share = f"{(ours - 1) / (one - 1):.2f}" if one > 1 else "–"
         mark = " (explain)" if ours > 1 and ours - 1 > ALLOWED * max(one - 1, 0.0) else ""
-        table.add_row(feature, f"{one:.3f}", f"{ours:.3f}", share + mark)
+        cells = (f"{median(c):.3f} ({min(c):.2f} to {max(c):.2f})" for c in found)
+        table.add_row(feature, *cells, share + mark)
     return table
 
 
@@ -105,10 +109,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "features", nargs="*", metavar="FEATURE", help=f"{', '.join(FEATURES)}; all if none is said"
+    )
     parser.add_argument("--quick", action="store_true", help="1 short round: does it run?")
     parser.add_argument("--rounds", type=int, help="rounds of each server (default 6)")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
+    if unknown := set(options.features) - set(FEATURES):
+        parser.error(f"there is no feature {unknown.pop()}; there are {', '.join(FEATURES)}")
     run(lambda console, say: Benchmark(options, console, say), options.json)
 
 
