@@ -137,6 +137,20 @@ def test_a_replaced_stage_has_the_adapters(
     assert_all_equal(pipeline, expected)
 
 
+def test_an_adapter_whose_folder_has_gone_is_lost_alone(
+    pipeline: Cluster, expected: dict[str, list[list[int]]], adapters: dict[str, Path]
+) -> None:
+    gone = pipeline.head.folder / "gone"
+    shutil.copytree(adapters["first"], gone)
+    load(pipeline, "gone", gone)
+    shutil.rmtree(gone)
+    test_a_replaced_stage_has_the_adapters(pipeline, expected)
+    for _ in range(2):
+        body = make_completion([5, 6, 7], model="gone")
+        assert pipeline.http.post("/v1/completions", json=body).status_code == 500
+    assert_all_equal(pipeline, expected)
+
+
 def test_an_adapter_that_is_missing_at_start(
     models: dict[str, Path], adapters: dict[str, Path]
 ) -> None:
@@ -146,7 +160,7 @@ def test_an_adapter_that_is_missing_at_start(
         head = cluster.start_head()
         shutil.copytree(adapters["first"], head.folder / "own")
         cluster.add_member()
-        assert head.wait(90) == 2
+        assert head.wait(90) == 1
         assert "node1: there is no LoRA adapter own on this machine" in last_line(head)
         cluster.members[0].wait()
     finally:

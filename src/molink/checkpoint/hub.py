@@ -31,13 +31,6 @@ class HubFile:
     etag: str  # names its content in the cache; the sha256 of it if `is_large`
     is_large: bool
 
-    def digest(self, path: Path) -> str:
-        """What the etag is if `path` holds the file's content."""
-        with path.open("rb") as file:
-            if self.is_large:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            return hashlib.sha1(b"blob %d\0" % self.size + file.read()).hexdigest()
-
 
 class HubModel:
     """One commit of a model, and its folder in a cache that other programs use too.
@@ -136,7 +129,7 @@ class HubModel:
                 headers=build_hf_headers(),
                 expected_size=file.size,
             )
-        if (found := file.digest(part)) != file.etag:
+        if (found := _digest(part, is_large=file.is_large)) != file.etag:
             part.unlink()
             raise HubError(
                 f"{file.name} of {self.name} arrived damaged: its hash is {found}, the hub says "
@@ -158,13 +151,37 @@ class _CountedFile(io.BufferedWriter):
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
-    """The path of a model's config.json in the cache, under its commit."""
+    """The path of a model's config.json in the cache, under its commit.
+
+    Raises:
+        UsageError: there is no such model.
+        HubError: the hub does not answer, or gave other bytes.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
     with _clear_errors():
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        path = Path(hf_hub_download(name, "config.json", revision=revision))
+    _check_cached(path)
+    return path
+
+
+def _check_cached(path: Path) -> None:
+    """Raises HubError for a file that is not what its name in the cache says, and removes it."""
+    blob = path.resolve()
+    if _ETAG.fullmatch(blob.name) and _digest(blob, is_large=len(blob.name) == 64) != blob.name:
+        blob.unlink()
+        raise HubError(f"{path.name} has arrived damaged; start again to download it anew")
+
+
+def _digest(path: Path, *, is_large: bool) -> str:
+    """What the hub calls a file's content: its sha256, or git's sha1 of a small one."""
+    with path.open("rb") as file:
+        if is_large:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        content = file.read()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def tensor_sizes(name: str, revision: str | None) -> dict[str, int]:

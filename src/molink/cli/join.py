@@ -21,6 +21,7 @@ from molink.cli.flags import (
     stage_settings,
 )
 from molink.cli.sglang import in_vllms_words
+from molink.cluster.admission import check_node_name
 from molink.core.errors import IdentityError, LinkError, MolinkError, TokenError, UsageError
 from molink.core.plan import LayerRange
 from molink.node.enrolment import request_identity
@@ -91,7 +92,7 @@ def join(
             LayerRange.parse(layers, MAX_LAYERS)
         invitation = _read_token(token, token_file, head)
         addresses = (head,) if head else invitation.addresses
-        node_name = name or socket.gethostname()
+        node_name = check_node_name(name or socket.gethostname())
         settings = MemberSettings(
             name=node_name,
             head="",
@@ -203,23 +204,33 @@ async def _forwarded_api(
 async def _identity(
     folder: ClusterFolder, invitation: JoinToken, addresses: tuple[str, ...], name: str
 ) -> tuple[NodeIdentity, str]:
-    """This node's identity, old or new, and the head's address that answered."""
+    """This node's identity, old or new, and the head's address that answered.
+
+    Raises:
+        TokenError: every address wants another token.
+        LinkError: no address lets this node in, and one may later.
+    """
     kept = _kept_identity(folder, invitation.authority_key)
     if kept is None:
         invitation.check_not_expired()
-    troubles = []
+    troubles: dict[str, LinkError | TokenError] = {}
     for address in addresses:
         try:
             if kept is not None:
                 await fetch_status(address, kept, CONNECT_TIMEOUT_S)
                 return kept, address
             identity = await request_identity(address, invitation, name)
-        except LinkError as error:
-            troubles.append(f"{address}: {error}")
+        except (LinkError, TokenError) as error:
+            troubles[address] = error
         else:
             identity.save(folder.identity)
             return identity, address
-    raise LinkError("cannot join: " + "; ".join(troubles))
+    is_token = all(isinstance(error, TokenError) for error in troubles.values())
+    said = "; ".join(
+        str(error) if address in str(error) else f"{address}: {error}"
+        for address, error in troubles.items()
+    )
+    raise (TokenError if is_token else LinkError)(f"cannot join: {said}")
 
 
 def _kept_identity(folder: ClusterFolder, authority_key: bytes) -> NodeIdentity | None:

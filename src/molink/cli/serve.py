@@ -108,7 +108,7 @@ def serve(
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
             LayerRange.parse(layers, facts.num_layers)
-        folder = ClusterFolder(_slug(cluster or model))
+        folder = ClusterFolder(_checked_cluster(cluster) if cluster else _slug(model))
         run_until_signal(
             lambda on_signal: _serve(
                 on_signal,
@@ -337,6 +337,12 @@ def _check_http(host: str, port: int, flags: list[str]) -> None:
     has_key = value_of(flags, "--api-key") or os.environ.get("VLLM_API_KEY")
     if host not in LOOPBACK and not has_key:
         say(f"warning: the API on {host}:{port} is open to everybody who reaches it; use --api-key")
+
+
+def _checked_cluster(name: str) -> str:
+    if _slug(name) != name:
+        raise UsageError(f"--cluster «{name}»: up to 40 letters, digits, dots, dashes, underscores")
+    return name
 
 
 def _slug(model: str) -> str:

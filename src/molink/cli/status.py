@@ -41,31 +41,36 @@ def status(
 
 
 async def _ask(head: str | None) -> dict[str, bytes]:
-    """What the heads say, by address; with `head` only that one.
+    """What the heads say, by address, each cluster's once; with `head` only that one.
 
     Raises:
         MolinkError: nobody answers, and why.
     """
     if head:
         return {head: await _ask_with_any(head)}
-    known: dict[str, NodeIdentity] = {}
-    for folder in known_clusters():
-        address, identity = _head_of(folder), _identity_of(folder)
-        if address and identity:
-            known.setdefault(address, identity)
-    answers = await asyncio.gather(
-        *(fetch_status(address, identity, TIMEOUT_S) for address, identity in known.items()),
-        return_exceptions=True,
-    )
-    found = dict(zip(known, answers, strict=True))
-    answered = {address: data for address, data in found.items() if isinstance(data, bytes)}
-    if not answered:
-        reasons = "".join(f" ({error})" for error in answers if isinstance(error, BaseException))
+    known = [
+        (address, identity)
+        for folder in known_clusters()
+        if (address := _head_of(folder)) and (identity := _identity_of(folder))
+    ]
+    if not known:
         raise UsageError(
-            f"no cluster answers here{reasons}; start one with molink serve, or run this on a "
+            "this machine belongs to no cluster: start one with molink serve, or run this on a "
             "machine that has joined one"
         )
-    return answered
+    answers = await asyncio.gather(
+        *(fetch_status(address, identity, TIMEOUT_S) for address, identity in known),
+        return_exceptions=True,
+    )
+    clusters = {
+        decode_view(answer).cluster_id: (address, answer)
+        for (address, _), answer in zip(known, answers, strict=True)
+        if isinstance(answer, bytes)
+    }
+    if not clusters:
+        reasons = {str(answer) for answer in answers}
+        raise LinkError(f"no cluster answers: {'; '.join(sorted(reasons))}")
+    return dict(clusters.values())
 
 
 async def _ask_with_any(head: str) -> bytes:

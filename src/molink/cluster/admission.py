@@ -1,10 +1,13 @@
 """Whether a node may take part: it must run the same software and hold the same model."""
 
+import re
 from dataclasses import dataclass
 
 from molink.core.cluster import Versions
-from molink.core.errors import AdmissionError
+from molink.core.errors import AdmissionError, UsageError
 from molink.core.model import ModelFacts
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,16 @@ class HeldModel:
     @classmethod
     def of(cls, model: ModelFacts) -> "HeldModel":
         return cls(model.config_hash, model.revision)
+
+
+def check_node_name(name: str) -> str:
+    """Raises UsageError for what cannot be a node's name."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"node name {name[:80]!r}: 1 to 63 letters, digits, dots, dashes and underscores, "
+            "a letter or digit first"
+        )
+    return name
 
 
 def check_versions(name: str, node: Versions, head: Versions) -> None:

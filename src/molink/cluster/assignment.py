@@ -21,27 +21,46 @@ def first_stages(
 ) -> tuple[Stage, ...] | Waiting:
     """The stages of a new pipeline.
 
-    With `nodes_wanted` the first so many ready nodes by id share the layers; every node counts,
-    the head too, also when it computes nothing. Without it only pinned nodes take part, as soon as
-    their ranges cover the model.
+    With `nodes_wanted` the first so many ready nodes by id share the layers, others in the place of
+    those with too little memory; every node counts, the head too, also when it computes nothing.
+    Without it all pinned nodes take part, as soon as they cover the model or others are there for
+    what they leave; of those no more than needed.
 
     Raises:
         PlanError: the nodes wanted are there, but cannot make a pipeline.
     """
     if nodes_wanted is None:
-        chosen = [node for node in state.ready if node.layers]
-        gaps = find_gaps([(n.name, n.layers) for n in chosen if n.layers], model.num_layers)
-        if gaps:
-            missing = ", ".join(map(str, gaps))
-            return Waiting(f"waiting for layers {missing}; {_presence(state)}")
-    else:
-        if len(state.ready) < nodes_wanted:
-            here = f"{len(state.ready)} of {nodes_wanted} nodes are ready"
-            return Waiting(f"{here}; {_presence(state)}")
-        chosen = [node for node in state.ready[:nodes_wanted] if node.computes]
-    if not chosen:
-        raise PlanError(f"no node is left to compute the {model.num_layers} layers")
-    return plan_stages(model, [_candidate(node) for node in chosen])
+        return _around_pinned(state, model)
+    if len(state.ready) < nodes_wanted:
+        here = f"{len(state.ready)} of {nodes_wanted} nodes are ready"
+        return Waiting(f"{here}; {_presence(state)}")
+    nodes = list(state.ready)
+    while True:
+        chosen = [node for node in nodes[:nodes_wanted] if node.computes]
+        if not chosen:
+            raise PlanError(f"no node is left to compute the {model.num_layers} layers")
+        try:
+            return plan_stages(model, [_candidate(node) for node in chosen])
+        except PlanError:
+            if len(nodes) == nodes_wanted or all(node.layers for node in chosen):
+                raise
+            nodes.remove(min((n for n in chosen if not n.layers), key=_free_bytes))
+
+
+def _around_pinned(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] | Waiting:
+    """All pinned nodes, and as few others as can hold what they leave."""
+    pinned = [node for node in state.ready if node.layers]
+    others = [node for node in state.ready if node.computes and not node.layers]
+    gaps = find_gaps([(n.name, n.layers) for n in pinned if n.layers], model.num_layers)
+    trouble = f"waiting for layers {', '.join(map(str, gaps))}"
+    for count in range(len(gaps), len(others) + 1 if gaps else 1):
+        try:
+            return plan_stages(model, [_candidate(node) for node in pinned + others[:count]])
+        except PlanError as error:
+            if not gaps:
+                raise
+            trouble = str(error)
+    return Waiting(f"{trouble}; {_presence(state)}")
 
 
 def mended_stages(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] | Waiting:
@@ -90,8 +109,15 @@ def _candidate(node: NodeRecord) -> Candidate:
     )
 
 
+def _free_bytes(node: NodeRecord) -> int:
+    assert node.resources is not None  # it is ready
+    return node.resources.free_bytes
+
+
 def _lost_text(owner: NodeRecord, stage: Stage, model: ModelFacts) -> str:
-    free = needed_bytes(model, stage.layers) / (1 << 30)
+    free = _size(needed_bytes(model, stage.layers))
+    size = stage.tensor_parallel_size
+    ranks = "" if size == 1 else f" and --tensor-parallel-size {size}"
     if owner.status is NodeStatus.READY:
         lost = (
             f"{owner.name} came back with other layers than {stage.layers}, or another tensor "
@@ -100,12 +126,17 @@ def _lost_text(owner: NodeRecord, stage: Stage, model: ModelFacts) -> str:
     else:
         why = f" ({owner.trouble})" if owner.trouble else ""
         lost = f"{owner.name} with layers {stage.layers} is {owner.status}{why}"
-    return f"the pipeline is down: {lost}; waiting for it, or for a node with {free:.1f} GiB free"
+    return f"the pipeline is down: {lost}; waiting for it, or for a node with {free} free{ranks}"
 
 
 def _presence(state: ClusterState) -> str:
     """Who is there, for the terminal: `alpha ready (0:4), beta joined`."""
     return ", ".join(f"{n.name} {n.status}{_pin(n)}" for n in state.connected) or "nobody is here"
+
+
+def _size(num_bytes: int) -> str:
+    gib = num_bytes / (1 << 30)
+    return f"{gib:.1f} GiB" if gib >= 0.1 else f"{gib * 1024:.0f} MiB"
 
 
 def _pin(node: NodeRecord) -> str:

@@ -1,10 +1,9 @@
 """The only writer of a cluster's state. No I/O but the store; the head's agent calls it."""
 
 import math
-import re
 from collections.abc import Callable
 
-from molink.cluster.admission import HeldModel, Hello, check_model, check_versions
+from molink.cluster.admission import HeldModel, Hello, check_model, check_node_name, check_versions
 from molink.cluster.assignment import Waiting, first_stages, mended_stages
 from molink.cluster.events import (
     Event,
@@ -21,13 +20,12 @@ from molink.cluster.events import (
 from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, apply
 from molink.cluster.store import StateStore
 from molink.core.cluster import Resources, Versions
-from molink.core.errors import AdmissionError, PlanError
+from molink.core.errors import AdmissionError, PlanError, UsageError
 from molink.core.ids import HEAD, MAX_NODE_ID, NodeId
 from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange, Pipeline, Stage
 from molink.planning.split import find_gaps
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _MAX_REASON = 500  # characters; reasons come from other machines and are kept
 
 
@@ -67,14 +65,19 @@ class Coordinator:
         """Begin to serve `model`: all nodes are away, the head is node 0."""
         self._record(HeadStarted(model, self._clock()))
         if not self._state.nodes:
-            self._record(NodeEnrolled(HEAD, _checked_name(head_name), self._clock()))
+            self._record(NodeEnrolled(HEAD, check_node_name(head_name), self._clock()))
 
     def add_token(self, root_certificate: bytes, expires_at: float) -> None:
         """Let holders of a token enrol until `expires_at` (unix seconds)."""
         self._record(TokenCreated(root_certificate, expires_at, self._clock()))
 
     def enrol(self, name: str) -> NodeId:
-        """Give a machine a new identity; AdmissionError for a bad name or a full cluster."""
+        """Give a machine a new identity.
+
+        Raises:
+            UsageError: a malformed name.
+            AdmissionError: all identities are given.
+        """
         node = NodeId(len(self._state.nodes))
         if node > MAX_NODE_ID:
             raise AdmissionError(f"the cluster has given all its {MAX_NODE_ID + 1} identities")
@@ -85,14 +88,15 @@ class Coordinator:
         """Take a connected node in; its name may have been made unique.
 
         Raises:
-            AdmissionError: unknown identity, other versions, a malformed name or parallel size.
-            PlanError: its pinned layers are malformed, outside the model, or another node's.
+            AdmissionError: unknown identity, other versions, or layers that are another node's.
+            UsageError: a malformed name or parallel size.
+            PlanError: its pinned layers are malformed or outside the model.
         """
         self._known(node)
         name = self._free_name(hello.name, node)
         check_versions(name, hello.versions, self._versions)
         if hello.tensor_parallel_size < 1:
-            raise AdmissionError(f"{name}: tensor parallel size {hello.tensor_parallel_size} < 1")
+            raise UsageError(f"{name}: tensor parallel size {hello.tensor_parallel_size} < 1")
         computes = hello.layers != "none"
         if not computes and node != HEAD:
             raise PlanError(f"{name}: only the head may compute no layers")
@@ -192,12 +196,15 @@ class Coordinator:
             for other in self._state.connected
             if other.layers and other.id != node
         ]
-        find_gaps([*others, (name, layers)], self._model.num_layers)  # raises for an overlap
+        try:
+            find_gaps([*others, (name, layers)], self._model.num_layers)
+        except PlanError as error:
+            raise AdmissionError(str(error)) from error  # the other may leave
         return layers
 
     def _free_name(self, wanted: str, node: NodeId) -> str:
         """`wanted`, or `wanted-2` and so on while another node goes by that name."""
-        _checked_name(wanted)
+        check_node_name(wanted)
         taken = {
             other.name
             for other in self._state.nodes
@@ -205,15 +212,6 @@ class Coordinator:
         }
         names = (wanted if n == 1 else f"{wanted}-{n}" for n in range(1, len(taken) + 2))
         return next(name for name in names if name not in taken)
-
-
-def _checked_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise AdmissionError(
-            f"node name {name[:80]!r}: 1 to 63 letters, digits, dots, dashes and underscores, "
-            "a letter or digit first"
-        )
-    return name
 
 
 def _check_resources(node: NodeRecord, resources: Resources) -> None:

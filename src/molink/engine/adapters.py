@@ -8,6 +8,10 @@ from vllm.lora.utils import get_adapter_absolute_path
 
 from molink.core.errors import UsageError
 
+dropped: set[int] = set()
+"""Ids of adapters that a stage has lost, so that no pipeline can have them: the executor adds, the
+scheduler refuses requests with them. An adapter that is loaded anew has a new id."""
+
 
 class NoAdapterError(UsageError):
     """There is no such adapter on this machine."""

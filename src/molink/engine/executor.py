@@ -23,7 +23,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from molink.core.errors import MolinkError, StageError, UsageError
 from molink.core.ids import NodeId
 from molink.engine import compat
-from molink.engine.adapters import NoAdapterError, adapter_digest
+from molink.engine.adapters import NoAdapterError, adapter_digest, dropped
 from molink.engine.config import resolve
 from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
 from molink.engine.grammar import pack_grammar
@@ -36,6 +36,7 @@ from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 logger = logging.getLogger("molink.engine")
 REPORT_INTERVAL_S = 1.0
+_Adapter = tuple[LoRARequest, str]  # with its digest
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # method, arguments
 
 STARTUP_CALLS = frozenset(
@@ -60,7 +61,7 @@ class PipelineExecutor(Executor):
         die_with_parent()
         self._codec = build_codec()
         self._startup: list[_Call] = []
-        self._adapters: dict[int, tuple[LoRARequest, str]] = {}  # with their digests
+        self._adapters: dict[int, _Adapter] = {}  # by id
         self._is_started = False  # all start-up calls were made and answered
         self._step: tuple[int, int, Future[Any], bool] | None = None
         self._session = EngineSession(
@@ -192,7 +193,7 @@ class PipelineExecutor(Executor):
             UsageError: the head cannot read it, or it is to replace another in place: a failure
                 would leave neither.
         """
-        if lora_request.load_inplace:
+        if lora_request.load_inplace:  # the gateway refuses it in better words
             raise UsageError("load_inplace does not work over stages: unload the adapter first")
         try:
             adapter = lora_request, adapter_digest(lora_request)
@@ -230,12 +231,11 @@ class PipelineExecutor(Executor):
         epoch, failed = repaired.pipeline.epoch, None
         try:
             self._load(repaired.replaced)
-            adapters: list[_Call] = [
-                ("add_lora", args, {}) for args in list(self._adapters.values())
-            ]
-            for method, args, kwargs in [*self._startup, *adapters]:
+            for method, args, kwargs in self._startup:
                 for future in self._call(method, args, kwargs, repaired.replaced):
                     future.result()
+            for lora_id, adapter in list(self._adapters.items()):
+                self._load_adapter_again(lora_id, adapter, repaired.replaced)
             stages = range(len(self._session.pipeline.stages))
             for future in self._call("reset", (self._nodes(),), None, stages):
                 future.result()
@@ -249,6 +249,18 @@ class PipelineExecutor(Executor):
             self._session.mended(epoch, None)
         if epoch == self._session.pipeline.epoch:
             self._session.report(failed)
+
+    def _load_adapter_again(self, lora_id: int, adapter: _Adapter, stages: Sequence[int]) -> None:
+        """Load an adapter on replaced stages; one that is not there any more is taken from all."""
+        try:
+            for future in self._call("add_lora", adapter, {}, stages):
+                future.result()
+        except StageError as error:
+            if error.node is None:  # the pipeline was lost again
+                raise
+            logger.warning("the adapter %s is dropped: %s", adapter[0].lora_name, error)
+            dropped.add(lora_id)
+            self.remove_lora(lora_id)
 
 
 def _done(value: Any) -> Future[Any]:

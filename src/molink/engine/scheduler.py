@@ -10,6 +10,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from molink.core.errors import WireError
+from molink.engine.adapters import dropped
 from molink.engine.lost import LostStep, losses
 from molink.engine.types import build_codec
 from molink.planning.micro_batches import (
@@ -34,17 +35,25 @@ class PipelineScheduler(Scheduler):
         self._enough = pending_that_fills(self._max_tokens, self._num_stages)
 
     def add_request(self, request: Request) -> None:
-        """Take a request, or end it at once if its parameters cannot cross the wire.
+        """Take a request, or end it at once if no step could carry it.
 
-        Clients choose some of them freely (`kv_transfer_params`), and an error while a step is
-        encoded would end the engine.
+        Clients choose some parameters freely (`kv_transfer_params`), and an error while a step is
+        encoded would end the engine. An adapter that a stage has lost would end that stage.
         """
         super().add_request(request)
+        if not self._can_cross(request) or self._adapter_of(request) in dropped:
+            self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+
+    def _can_cross(self, request: Request) -> bool:
         try:
             # As deep as a step holds them: the codec bounds nesting.
             self._codec.encode([[[[[request.sampling_params, request.pooling_params]]]]])
         except WireError:
-            self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            return False
+        return True
+
+    def _adapter_of(self, request: Request) -> int | None:
+        return request.lora_request.lora_int_id if request.lora_request else None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._forget_lost_prefixes()
@@ -86,7 +95,7 @@ class PipelineScheduler(Scheduler):
             return
         adapters: set[int] = set()
         for request in self._ready():
-            adapter = request.lora_request and request.lora_request.lora_int_id
+            adapter = self._adapter_of(request)
             if adapter is None or adapter in adapters:
                 continue
             if len(adapters) < self.lora_config.max_loras:

@@ -14,6 +14,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.usage.usage_lib import UsageContext
 
 from molink.core.errors import MolinkError
+from molink.engine.compat import guard_routes
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
@@ -104,6 +105,7 @@ def _customised_app(customise: Callable[[Any], None]) -> Iterator[None]:
 
     def build(*args: Any, **kwargs: Any) -> Any:
         app = build_app(*args, **kwargs)
+        guard_routes(app)
         customise(app)
         return app
 

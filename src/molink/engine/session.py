@@ -159,8 +159,8 @@ class EngineSession:
                 self._assigned.set_result(pipeline)
             case PipelineDown(reason=reason):
                 self._fail_all(reason)
-            case PipelineRepaired(pipeline=pipeline) if not self._assigned.done():
-                self._assigned.set_result(pipeline)  # this engine has loaded nothing yet
+                if not self._assigned.done():
+                    self._assigned.set_exception(StageError(reason))
             case PipelineRepaired() as repaired:
                 with self._lock:
                     self.pipeline, self._lost = repaired.pipeline, None

@@ -103,7 +103,7 @@ class StageLoop:
             LinkError: it has closed.
             UsageError: the layers cannot be loaded with this node's flags and files.
             HubError: the files cannot be downloaded now.
-            Exception: a step failed; whatever vLLM raised.
+            Exception: a step failed; whatever vLLM raised, or StageError for a lost adapter.
         """
         threading.Thread(target=self._report, name="stage-counters", daemon=True).start()
         while True:
@@ -117,6 +117,8 @@ class StageLoop:
                     self._step(message)
                 except StepAbandonedError:
                     continue
+                except UsageError as error:  # of an adapter: the node served well until now
+                    raise StageError(str(error)) from error
 
     def _report(self) -> None:
         agent = Address(self._socket.address.node, Port.AGENT)

@@ -1,18 +1,40 @@
 """What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, 503 while it is down."""
 
 import asyncio
+import contextlib
+import json
+import re
+from functools import partial
 from typing import Any
 
 from prometheus_client import REGISTRY
 
 from molink.gateway.agent_client import AgentClient
-from molink.gateway.asgi import Application, Message, Receive, Scope, Send, respond, respond_error
+from molink.gateway.asgi import (
+    Application,
+    Message,
+    Receive,
+    Refusal,
+    Scope,
+    Send,
+    error_body,
+    is_post,
+    respond,
+    respond_error,
+    with_body,
+)
 from molink.gateway.metrics import ClusterCollector
 
 RETRY_AFTER_S = 5
 NOTICE_S = 0.1  # the engine may fail a request before the agent's notice of the loss is here
 
 ALWAYS_ANSWERED = ("/metrics", "/version", "/ping")
+LOAD_ADAPTER_PATH = "/v1/load_lora_adapter"
+UNAVAILABLE = "ServiceUnavailableError"
+_INTERNAL_ERROR = re.compile(
+    rb'^((?:data: )?\{"error": ?)\{"message": ?"Internal server error"[^}]*\}', re.MULTILINE
+)
+"""How vLLM ends the stream of a request that has failed, and so does `/generate`."""
 
 
 def customise(app: Any, client: AgentClient) -> None:
@@ -40,6 +62,8 @@ class PipelineMiddleware:
             await respond(send, 200, self._client.view_json)
         elif self._client.down is not None and scope["path"] not in ALWAYS_ANSWERED:
             await self._refuse(send)
+        elif is_post(scope, LOAD_ADAPTER_PATH):
+            await self._app(scope, *with_body(receive, send, partial(_refuse_in_place, send=send)))
         else:
             await self._pass(scope, receive, send)
 
@@ -52,7 +76,10 @@ class PipelineMiddleware:
         return forward
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let vLLM answer; its 500 for a request that lost its pipeline becomes a 503."""
+        """Let vLLM answer; its 500 for a request that lost its pipeline becomes a 503.
+
+        In a stream, whose status is sent already, the error says the same.
+        """
         losses = self._client.losses
         replaced = False
 
@@ -63,13 +90,35 @@ class PipelineMiddleware:
                 replaced = self._client.losses > losses
                 if replaced:
                     await self._refuse(send)
+            elif _INTERNAL_ERROR.search(message.get("body", b"")):
+                await asyncio.sleep(NOTICE_S)
+                if self._client.losses > losses:
+                    message = {**message, "body": self._explained(message["body"])}
             if not replaced:
                 await send(message)
 
         await self._app(scope, receive, forward)
 
-    async def _refuse(self, send: Send) -> None:
+    def _explained(self, event: bytes) -> bytes:
+        """An event that says «internal server error», with what has happened."""
+        error = error_body(503, UNAVAILABLE, self._reason)["error"]
+        return _INTERNAL_ERROR.sub(lambda found: found[1] + json.dumps(error).encode(), event)
+
+    @property
+    def _reason(self) -> str:
         reason = self._client.down or "a stage was lost; the request can be sent again"
+        return f"the pipeline is down: {reason}"
+
+    async def _refuse(self, send: Send) -> None:
         retry = [(b"retry-after", str(RETRY_AFTER_S).encode())]
-        message = f"the pipeline is down: {reason}"
-        await respond_error(send, 503, "ServiceUnavailableError", message, retry)
+        await respond_error(send, 503, UNAVAILABLE, self._reason, retry)
+
+
+async def _refuse_in_place(body: bytes, send: Send) -> tuple[bytes, Send]:
+    """A failure half way would leave neither adapter. What is no request vLLM refuses itself."""
+    with contextlib.suppress(ValueError, RecursionError):
+        request = json.loads(body)
+        if isinstance(request, dict) and request.get("load_inplace"):
+            text = "load_inplace does not work over stages: unload the adapter, then load it"
+            raise Refusal(400, "BadRequestError", text)
+    return body, send

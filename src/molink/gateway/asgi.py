@@ -120,5 +120,10 @@ async def respond_error(
     send: Send, status: int, kind: str, message: str, headers: Headers | None = None
 ) -> None:
     """Answer with an error in OpenAI's form."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    await respond(send, status, json.dumps({"error": error}).encode(), headers)
+    body = json.dumps(error_body(status, kind, message)).encode()
+    await respond(send, status, body, headers)
+
+
+def error_body(status: int, kind: str, message: str) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

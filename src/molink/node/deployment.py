@@ -23,6 +23,8 @@ class Voice(Protocol):
 
     def say(self, text: str) -> None: ...
 
+    def publish_view(self) -> None: ...
+
 
 class Deployment:
     """Owns what the engine was told of its pipeline, and whether it serves."""
@@ -67,9 +69,9 @@ class Deployment:
         self.loading = frozenset()
 
     @property
-    def whole(self) -> PipelineAssigned | None:
-        """What an engine that has just started may load; None while there is no such pipeline."""
-        return None if self.is_down else self.assigned
+    def news(self) -> PipelineAssigned | PipelineDown | None:
+        """What a process that has just attached must know; None while nothing is planned."""
+        return PipelineDown(self._trouble) if self.is_down else self.assigned
 
     async def assign(self, pipeline: Pipeline) -> None:
         """Link the stages, then tell the engine; nothing if it is forgotten meanwhile."""
@@ -151,9 +153,9 @@ class Deployment:
         self._trouble = state.error or ""
         if state.error is None:
             self.loading = frozenset()
-        serves = self.http_up and state.error is None
-        if serves and not self.serving:
+        had_served, self.serving = self.serving, self.http_up and state.error is None
+        if self.serving and not had_served:
+            self._voice.publish_view()  # the gateway refuses requests until it knows
             self._voice.say(f"serving at {self._http}")
-        self.serving = serves
         failed = NodeId(state.failed) if state.failed is not None else None
         return failed if failed in self.nodes else None

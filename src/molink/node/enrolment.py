@@ -36,7 +36,8 @@ async def request_identity(address: str, token: JoinToken, name: str) -> NodeIde
     """The joining node's side: make a key, have it signed.
 
     Raises:
-        LinkError: the head cannot be reached or refuses the token; says why.
+        LinkError: the head cannot be reached or refuses the node; says why.
+        TokenError: it does not accept the token, or is another cluster's.
         IdentityError: the answer is not from the cluster that the token names.
         WireError: the answer cannot be read.
     """

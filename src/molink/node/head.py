@@ -16,7 +16,14 @@ from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import Role
 from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
-from molink.core.errors import MolinkError, ProcessError, StageError, UsageError, WireError
+from molink.core.errors import (
+    MolinkError,
+    PlanError,
+    ProcessError,
+    StageError,
+    UsageError,
+    WireError,
+)
 from molink.core.ids import HEAD, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.deployment import Deployment
@@ -145,7 +152,7 @@ class HeadAgent(Agent):
         payload = to_engine.encode(message)
         for port in (Port.GATEWAY, Port.ENGINE):
             self.send_control(HEAD, port, payload)
-        self._publish_view()
+        self.publish_view()
 
     # Nodes come and go
 
@@ -220,7 +227,7 @@ class HeadAgent(Agent):
 
     def _refuse(self, node: NodeId, name: str, error: MolinkError) -> None:
         self.say(f"refused {name}: {error}")
-        self.tell(node, to_agent.Refused(str(error)))
+        self.tell(node, to_agent.Refused(str(error), isinstance(error, UsageError | PlanError)))
 
     def _stage_up(self, node: NodeId, stage: StageUp) -> None:
         model = self._held.get(node)
@@ -244,8 +251,8 @@ class HeadAgent(Agent):
         super().on_local(header, message)
         match message:
             case Attach() if header.source.port in (Port.ENGINE, Port.GATEWAY):
-                if (assigned := self._deployment.whole) is not None:
-                    self.send_control(HEAD, header.source.port, to_engine.encode(assigned))
+                if (news := self._deployment.news) is not None:
+                    self.send_control(HEAD, header.source.port, to_engine.encode(news))
             case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
                 self._stage_up(HEAD, message)
             case EngineFailed(reason=reason, is_usage=is_usage):
@@ -327,12 +334,19 @@ class HeadAgent(Agent):
             await self._empty_stages(self._deployment.take_half_loaded(), "it was half loaded")
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
-            if plan.text != self._waiting_for:
-                self.say(plan.text)
-            self._waiting_for = plan.text
+            self._wait_for(plan.text)
         elif plan != self._deployment.pipeline:
             self.switch.stage_nodes = plan.nodes
             await self._deployment.assign(plan)
+
+    def _wait_for(self, text: str) -> None:
+        """Say what is missing, once, to everybody who could compute."""
+        if text != self._waiting_for:
+            self.say(text)
+            for node in self._coordinator.state.ready:
+                if node.id != HEAD:
+                    self.tell(node.id, Notice(text))
+        self._waiting_for = text
 
     # The engine
 
@@ -387,9 +401,9 @@ class HeadAgent(Agent):
 
     async def _publish_views(self) -> None:
         while True:
-            self._publish_view()
+            self.publish_view()
             await asyncio.sleep(VIEW_INTERVAL_S)
 
-    def _publish_view(self) -> None:
+    def publish_view(self) -> None:
         message = to_engine.ClusterView(self._view_json())
         self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from molink.checkpoint.model import FoundModel, config_hash, find_model
 from molink.core.cluster import Versions
-from molink.core.errors import AdmissionError, LinkError, MolinkError, WireError
+from molink.core.errors import AdmissionError, LinkError, MolinkError, UsageError, WireError
 from molink.core.ids import HEAD, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.home import RunFolder
@@ -99,13 +99,17 @@ class MemberAgent(Agent):
 
     async def _follow_head(self) -> None:
         """Keep a link to the head; after a lost one, start again with an empty stage."""
+        said = ""
         while not self._ending.done():
             try:
                 dialled = await dial(self._settings.head, self._identity, HEAD, HEAD_DIAL_TIMEOUT_S)
             except LinkError as error:
-                self.say(f"{error}; trying again")
+                if str(error) != said:
+                    said = str(error)
+                    self.say(f"{said}; trying until it answers")
                 await asyncio.sleep(RETRY_S)
                 continue
+            said = ""
             try:
                 running = asyncio.create_task(self.run_link(dialled.link))
                 await asyncio.sleep(0)
@@ -175,8 +179,8 @@ class MemberAgent(Agent):
                 self.on_ping(node, probe)
             case Welcome() as welcome:
                 self.spawn(self._welcomed(welcome), is_vital=True)
-            case Refused(reason=reason):
-                self.fail(AdmissionError(reason))
+            case Refused(reason=reason, is_usage=is_usage):
+                self.fail((UsageError if is_usage else AdmissionError)(reason))
             case Notice(text=text):
                 self.say(text)
             case Dial() as order:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections import deque
@@ -16,6 +17,7 @@ STOP_TIMEOUT_S = 5.0
 TAIL_LINES = 15
 EXIT_USAGE = 2  # a parser of flags ends a process with it, after one line that says why
 EXIT_HUB_FAILED = os.EX_TEMPFAIL  # the same for a failure that may pass
+_NOISE = re.compile(r"nanobind: | - (leaked|\.\.\. skipped) ")  # what a library says at its end
 ExitHandler = Callable[["Child", int], None]
 
 
@@ -96,9 +98,9 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def tail(self, lines: int = TAIL_LINES) -> str:
-        """The last lines of the log."""
+        """The last lines of the log that say something."""
         with open(self.log, errors="replace") as log:
-            return "".join(deque(log, lines)).rstrip()
+            return "".join(deque((line for line in log if not _NOISE.match(line)), lines)).rstrip()
 
 
 def how_it_ended(status: int) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from molink.core.errors import IdentityError
+from molink.core.errors import IdentityError, LinkError, TokenError
 from molink.core.ids import HEAD, NodeId
 from molink.transport.identity import NodeIdentity, server_name
 from molink.transport.token import JoinToken
@@ -70,8 +70,8 @@ def diagnose(
     proof: JoinToken | NodeIdentity,
     node: NodeId = HEAD,
     timeout_s: float = PROBE_TIMEOUT_S,
-) -> str:
-    """Why gRPC could not connect to `address` (HOST:PORT), in words for the user.
+) -> LinkError | TokenError:
+    """Why gRPC could not connect to `address` (HOST:PORT); a TokenError if another token is needed.
 
     gRPC says «failed to connect» to everything; this tries again by hand. It blocks for up to
     `timeout_s` in each of its steps (connect, handshake, answer), and the resolver's own time.
@@ -79,20 +79,22 @@ def diagnose(
     host, _, digits = address.rpartition(":")
     port = int(digits) if digits.isascii() and digits.isdigit() else 0
     if not host or not 0 < port < 1 << 16:
-        return f"{address!r} is not HOST:PORT"
+        return LinkError(f"{address!r} is not HOST:PORT")
     try:
         connection = socket.create_connection((host.strip("[]"), port), timeout_s)
     except (socket.gaierror, UnicodeError):
-        return f"the name {host!r} cannot be resolved"
+        return LinkError(f"the name {host!r} cannot be resolved")
     except ConnectionRefusedError:
-        return f"nothing listens at {address}: is it running, and is this its agent's port?"
+        return LinkError(
+            f"nothing listens at {address}: is it running, and is this its agent's port?"
+        )
     except TimeoutError:
-        return (
+        return LinkError(
             f"{address} does not answer: the machine is off, the address is wrong, "
             "or a firewall is in between"
         )
     except OSError as error:
-        return f"{address} cannot be reached: {error}"
+        return LinkError(f"{address} cannot be reached: {error}")
     with connection:
         return _diagnose_tls(connection, address, proof, node)
 
@@ -124,7 +126,7 @@ class _ClientSide:
 
 def _diagnose_tls(
     connection: socket.socket, address: str, proof: JoinToken | NodeIdentity, node: NodeId
-) -> str:
+) -> LinkError | TokenError:
     try:
         tls = (
             _ClientSide.of(proof)
@@ -134,20 +136,22 @@ def _diagnose_tls(
     except ssl.SSLCertVerificationError as error:
         return _about_certificate(error, address, proof, node)
     except OSError:
-        return f"{address} answers, but not as a MoLink agent: is this another service's port?"
+        return LinkError(
+            f"{address} answers, but not as a MoLink agent: is this another service's port?"
+        )
     with tls:
         try:
             # With TLS 1.3 a server checks the client's certificate after the client is done.
             greeting = tls.recv(1)
         except TimeoutError:
-            return f"{address} took the connection but does not answer"
+            return LinkError(f"{address} took the connection but does not answer")
         except OSError:
             greeting = b""
     if greeting:
-        return f"{address} can be reached and accepts this machine now; try again"
+        return LinkError(f"{address} can be reached and accepts this machine now; try again")
     if isinstance(proof, JoinToken):
-        return f"{address} does not accept this token: it was revoked or has expired"
-    return f"{address} does not accept this node's certificate, which may have expired"
+        return TokenError(f"{address} does not accept this token: it was revoked or has expired")
+    return LinkError(f"{address} does not accept this node's certificate, which may have expired")
 
 
 def _about_certificate(
@@ -155,16 +159,17 @@ def _about_certificate(
     address: str,
     proof: JoinToken | NodeIdentity,
     node: NodeId,
-) -> str:
+) -> LinkError | TokenError:
     if error.verify_code in (_NOT_YET_VALID, _EXPIRED):
-        return (
+        return LinkError(
             f"the certificate at {address} is not valid by this machine's clock: "
             "check the time on both machines"
         )
     if error.verify_code == _OTHER_NAME:
-        return f"another node of the cluster than {_called(node)} answers at {address}"
-    belonging = "the token" if isinstance(proof, JoinToken) else "this node"
-    return f"the machine at {address} belongs to another cluster than {belonging}"
+        return LinkError(f"another node of the cluster than {_called(node)} answers at {address}")
+    if isinstance(proof, JoinToken):
+        return TokenError(f"the machine at {address} belongs to another cluster than the token")
+    return LinkError(f"the machine at {address} belongs to another cluster than this node")
 
 
 def _called(node: NodeId) -> str:

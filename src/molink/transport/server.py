@@ -201,6 +201,7 @@ async def enroll(address: str, token: JoinToken, request: bytes, timeout_s: floa
 
     Raises:
         LinkError: the head cannot be reached or refused; says why.
+        TokenError: it does not accept the token, or is another cluster's.
     """
     return await _call(ENROLL_METHOD, address, token, request, timeout_s)
 
@@ -257,8 +258,7 @@ async def _connect(
         await asyncio.wait_for(_until_ready(channel), timeout_s)
     except (TimeoutError, ConnectionError) as error:
         await channel.close()
-        reason = await asyncio.to_thread(diagnose, address, proof, node)
-        raise LinkError(reason) from error
+        raise await asyncio.to_thread(diagnose, address, proof, node) from error
     return channel
 
 

@@ -10,6 +10,7 @@ node is its client's end of file. The stream ends when the server closes its con
 import asyncio
 import contextlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -102,7 +103,8 @@ class TunnelEntrance:
             self._server = await asyncio.start_server(self._accept, host, port, limit=CHUNK)
         except OSError as error:
             raise UsageError(
-                f"cannot serve HTTP on {host}:{port}: {error.strerror or error}; "
+                f"cannot serve HTTP on {host}:{port}: "
+                f"{os.strerror(error.errno) if error.errno else error}; "
                 "choose another --port or --host"
             ) from error
         bound: int = self._server.sockets[0].getsockname()[1]

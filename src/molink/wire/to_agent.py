@@ -91,6 +91,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """The node may not take part, and why; it ends."""
 
     reason: str
+    is_usage: bool = False  # its user said something that does not do
 
 
 class Notice(msgspec.Struct, frozen=True, tag=True):

@@ -12,7 +12,7 @@ from tests.e2e.hub import COMMIT, Hub
 
 from molink.checkpoint.model import config_hash, read_model
 from molink.checkpoint.weights import MAX_HEADER_BYTES
-from molink.core.errors import UsageError
+from molink.core.errors import HubError, UsageError
 
 CONFIG = {
     "model_type": "llama",
@@ -233,6 +233,21 @@ def test_a_cache_with_some_of_the_files_counts_as_none(hub: Path) -> None:
     weight_map = dict.fromkeys(TENSORS, "model-00002.safetensors")
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert read_model("maker/tiny").layer_bytes > 320
+
+
+def test_a_configuration_that_arrives_damaged_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    a_folder(folder, model=safetensors(TENSORS))
+    with Hub({"maker/tiny": folder}) as hub:
+        hub.replace_real(monkeypatch, tmp_path / "cache")
+        with (
+            hub.misbehaving(corrupts={"config.json"}),
+            pytest.raises(HubError, match="arrived damaged"),
+        ):
+            read_model("maker/tiny")
+        assert read_model("maker/tiny").num_layers == 2
 
 
 def test_sizes_of_a_model_on_the_hub_come_from_its_headers(

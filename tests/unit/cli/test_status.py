@@ -25,7 +25,7 @@ def put_identity(folder: Path, cluster_id: str) -> None:
 def test_this_machine_is_in_no_cluster(run: Run) -> None:
     outcome = run("status")
     assert outcome.status == 2
-    assert "no cluster answers here; start one with molink serve" in outcome.error
+    assert "this machine belongs to no cluster: start one with molink serve" in outcome.error
 
 
 def test_a_head_is_named_to_a_machine_without_identity(run: Run) -> None:
@@ -52,8 +52,9 @@ def nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_head_has_ended(run: Run, home: Path) -> None:
     put_identity(home / "joined-mini-1", "mini-1")
     (home / "joined-mini-1" / "head").write_text("127.0.0.1:1")
-    said = run("status").error
-    assert "no cluster answers here (nothing listens at 127.0.0.1:1)" in said
+    ended = run("status")
+    assert ended.status == 1
+    assert "no cluster answers: nothing listens at 127.0.0.1:1" in ended.error
     outcome = run("status", "127.0.0.1:1", "--json")
     assert outcome.status == 1
     assert "nothing listens at 127.0.0.1:1" in outcome.error
@@ -66,4 +67,4 @@ def test_folders_without_or_with_damaged_identity_do_not_matter(run: Run, home: 
         (home / name / "head").write_text("127.0.0.1:1")
         if text:
             (home / name / "identity.pem").write_text(text)
-    assert "no cluster answers here" in run("status").error
+    assert "belongs to no cluster" in run("status").error

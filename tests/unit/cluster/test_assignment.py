@@ -90,7 +90,7 @@ def test_a_spare_without_the_memory_is_not_taken(
     small = replace(resources, free_bytes=5 << 20)  # 4 layers and the edge are 5 MiB, without cache
     cluster.coordinator.measured(gamma, small, HeldModel.of(model))
     cluster.coordinator.node_lost(beta, "gone")
-    assert "a node with 0.0 GiB free" in waiting(cluster.coordinator.plan())
+    assert "a node with 6 MiB free" in waiting(cluster.coordinator.plan())
 
 
 def test_a_spare_of_another_tensor_parallel_size_is_not_taken(make_cluster: MakeCluster) -> None:
@@ -135,6 +135,16 @@ def test_who_cannot_take_the_place_of_a_node_that_could_waits_for_it(
     cluster.rejoin(beta, "beta")
     cluster.measure(beta)
     assert layout(cluster.coordinator.plan())[1] == (beta, "4:8")
+
+
+def test_a_larger_node_takes_the_place_of_one_that_is_too_small(
+    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.join("beta")
+    cluster.coordinator.measured(beta, replace(resources, free_bytes=1), HeldModel.of(model))
+    gamma = cluster.ready("gamma")
+    assert layout(cluster.coordinator.plan()) == [(0, "0:4"), (gamma, "4:8")]
 
 
 def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCluster) -> None:

@@ -16,7 +16,7 @@ from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import ClusterState, NodeStatus, Role
 from molink.cluster.store import MemoryStore
 from molink.core.cluster import Resources, Versions
-from molink.core.errors import AdmissionError, PlanError
+from molink.core.errors import AdmissionError, PlanError, UsageError
 from molink.core.ids import HEAD, MAX_NODE_ID, NodeId
 from molink.core.model import ModelFacts
 from molink.core.plan import Pipeline
@@ -71,15 +71,37 @@ def test_nobody_to_compute_is_an_error(make_cluster: MakeCluster) -> None:
         make_cluster(1, head_layers="none").coordinator.plan()
 
 
-def test_pinned_ranges_are_awaited_and_unpinned_nodes_are_spares(
-    make_cluster: MakeCluster,
-) -> None:
+def test_pinned_ranges_are_awaited(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(head_layers="0:3")
-    cluster.ready("spare")
-    text = "waiting for layers 3:8; alpha ready (0:3), spare ready"
+    joined = cluster.join("beta", "3:-1")
+    text = "waiting for layers 3:8; alpha ready (0:3), beta joined (3:8)"
     assert waiting(cluster.coordinator.plan()) == text
-    beta = cluster.ready("beta", "3:-1")
-    assert layout(cluster.coordinator.plan()) == [(0, "0:3"), (beta, "3:8")]
+    cluster.measure(joined)
+    assert layout(cluster.coordinator.plan()) == [(0, "0:3"), (joined, "3:8")]
+
+
+def test_what_pinned_nodes_leave_goes_to_the_others(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(head_layers="2:4")
+    beta = cluster.ready("beta")
+    text = "waiting for layers 0:2, 4:8; alpha ready (2:4), beta ready"
+    assert waiting(cluster.coordinator.plan()) == text
+    gamma = cluster.ready("gamma")
+    planned = layout(cluster.coordinator.plan())
+    assert planned == [(beta, "0:2"), (0, "2:4"), (gamma, "4:8")]
+
+
+def test_a_gap_is_left_to_as_many_as_can_hold_it(
+    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+) -> None:
+    cluster = make_cluster(head_layers="0:2")
+    small = replace(resources, free_bytes=5 << 20)
+    for name in ("beta", "gamma"):
+        node = cluster.join(name)
+        cluster.coordinator.measured(node, small, HeldModel.of(model))
+        if name == "beta":
+            assert "not enough memory" in waiting(cluster.coordinator.plan())
+    planned = layout(cluster.coordinator.plan())
+    assert [node for node, _ in planned] == [0, 1, 2]
 
 
 def test_pins_and_n_leave_the_gaps_to_others(make_cluster: MakeCluster) -> None:
@@ -110,8 +132,9 @@ def test_impossible_layers_are_refused_at_the_door(
     make_cluster: MakeCluster, layers: str, text: str
 ) -> None:
     cluster = make_cluster(head_layers="0:6")
-    with pytest.raises(PlanError, match=text):
+    with pytest.raises((PlanError, AdmissionError), match=text) as raised:
         cluster.join("beta", layers)
+    assert isinstance(raised.value, AdmissionError) == ("claimed" in text)  # the other may leave
     assert cluster.state.node(NodeId(1)).status is NodeStatus.ENROLLED
 
 
@@ -172,7 +195,7 @@ def test_strangers_and_the_unprepared_are_refused(
         cluster.coordinator.admit(NodeId(7), Hello("eve", versions))
     with pytest.raises(AdmissionError, match="beta was measured before it joined"):
         cluster.measure(cluster.coordinator.enrol("beta"))
-    with pytest.raises(AdmissionError, match="tensor parallel size 0"):
+    with pytest.raises(UsageError, match="tensor parallel size 0"):
         cluster.coordinator.admit(HEAD, Hello("alpha", versions, tensor_parallel_size=0))
 
 
@@ -180,7 +203,7 @@ def test_strangers_and_the_unprepared_are_refused(
 def test_names_that_could_upset_a_terminal_are_refused(
     make_cluster: MakeCluster, name: str
 ) -> None:
-    with pytest.raises(AdmissionError, match="node name"):
+    with pytest.raises(UsageError, match="node name"):
         make_cluster(2).coordinator.enrol(name)
 
 

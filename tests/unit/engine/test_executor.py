@@ -68,13 +68,13 @@ class Sent(NamedTuple):
 class Agent:
     """Takes the place of the session's socket; its stages answer calls at once, steps when told."""
 
-    def __init__(self) -> None:
+    def __init__(self, news: PipelineDown | None = None) -> None:
         self._inbox: queue.Queue[Message] = queue.Queue()
         self._has_begun = False
         self.sent: list[Sent] = []
         self.pipeline = pipeline()
         self.answer: Callable[[int, int, str], Any] = lambda node, rank, method: None
-        self.tell(self.pipeline)
+        self.tell(news or self.pipeline)
 
     # What the session sees
 
@@ -282,6 +282,14 @@ def test_a_stage_that_cannot_load_ends_the_start_and_says_why(
     assert agent.sent[-1].content == to_agent.EngineFailed(
         "node-7: too little memory", is_usage=False
     )
+
+
+def test_an_engine_that_starts_while_the_pipeline_is_down_ends(
+    start: Callable[[Agent], Head],
+) -> None:
+    """The agent starts another when there is a plan."""
+    with pytest.raises(StageError, match="node-7 went away"):
+        start(Agent(PipelineDown("node-7 went away")))
 
 
 def test_what_does_not_work_over_stages_is_reported_before_any_stage_loads(
@@ -515,6 +523,25 @@ def test_a_replaced_stage_gets_the_adapters_that_are_loaded(
     assert reported.result(10) is None
     [(node, (_, (request, _), _))] = [c for c in head.agent.calls() if c[1][0] == "add_lora"]
     assert (node, request) == (0, adapter)
+
+
+def test_an_adapter_that_a_replaced_stage_lacks_is_dropped_and_the_pipeline_serves(
+    head: Head, adapter: LoRARequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molink.engine.executor.dropped", dropped := set[int]())
+    head.agent.answer = lambda *_: True
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    head.executor.add_lora(adapter)
+    head.agent.answer = lambda node, rank, method: (
+        StageError("no such adapter") if method == "add_lora" else True
+    )
+    head.agent.lose("node-0 went away")
+    head.agent.sent.clear()
+    reported = wait_for_report(head.executor)
+    head.agent.tell(PipelineRepaired(head.agent.pipeline, [1]))
+    assert reported.result(10) is None
+    removed = [node for node, (method, *_) in head.agent.calls() if method == "remove_lora"]
+    assert (removed, dropped) == (NODES, {adapter.lora_int_id})
 
 
 # --- repair

@@ -394,6 +394,18 @@ def test_an_idle_pipeline_that_is_lost_has_no_prefixes_left(
 
 # --- adapters
 
+
+def test_a_request_for_an_adapter_that_was_lost_is_refused(
+    config_with_adapters: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(config_with_adapters, StructuredOutputManager(config_with_adapters))
+    monkeypatch.setattr("molink.engine.scheduler.dropped", {2})
+    for adapter in (1, 2):
+        engine.add(f"request-{adapter}", 20, adapter, max_tokens=1)
+    engine.drain()
+    assert engine.ended == {"request-1": FinishReason.LENGTH, "request-2": FinishReason.ERROR}
+
+
 MAX_LORAS = 2
 requests = st.tuples(st.integers(0, 3), st.integers(1, 200), st.integers(1, 12))
 

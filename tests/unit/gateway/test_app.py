@@ -1,5 +1,6 @@
 """What MoLink puts around vLLM's HTTP application, with the application and the agent made up."""
 
+import json
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -39,6 +40,7 @@ class FakeApplication:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.paths.append(scope["path"])
+        await receive()
         await self._send(send, 0, {"type": "http.response.start", "status": self.status})
         for number, part in enumerate(self.parts, start=1):
             message = {"type": "http.response.body", "body": part}
@@ -128,6 +130,53 @@ async def test_it_is_a_503_also_when_the_pipeline_is_already_back(
     answer = await get(repaired, vllm, "/v1/completions")
     assert answer.status_code == 503
     assert "can be sent again" in answer.json()["error"]["message"]
+
+
+STREAM_ERROR = b'data: {"error": {"message": "Internal server error", "type": "x", "code": 500}}'
+
+
+@pytest.mark.parametrize(
+    ("event", "prefix"),
+    [
+        (b'data: {"choices": []}\n\n' + STREAM_ERROR + b"\n\ndata: [DONE]\n\n", "data: "),
+        (STREAM_ERROR.removeprefix(b"data: ") + b"\n", ""),
+    ],
+)
+async def test_a_stream_that_lost_its_pipeline_says_so(
+    client: FakeClient, vllm: FakeApplication, event: bytes, prefix: str
+) -> None:
+    vllm.parts = [b"one ", event]
+    vllm.lose_after = 2
+    lines = (await get(client, vllm, "/v1/completions")).text.splitlines()
+    (line,) = (line for line in lines if '"error"' in line)
+    error = json.loads(line.removeprefix("one ").removeprefix(prefix))["error"]
+    assert error["message"] == "the pipeline is down: beta is gone"
+    assert error["code"] == 503
+
+
+async def test_another_error_of_a_stream_stays(client: FakeClient, vllm: FakeApplication) -> None:
+    vllm.parts = [b"", STREAM_ERROR]
+    assert (await get(client, vllm, "/v1/completions")).content == STREAM_ERROR
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"lora_name": "a", "lora_path": "b", "load_inplace": true}', 400),
+        (b'{"lora_name": "a", "lora_path": "b"}', 200),
+        (b"{", 200),
+        (b"[1]", 200),
+        (b"[" * 100_000, 200),
+    ],
+)
+async def test_an_adapter_is_not_replaced_in_place(
+    client: FakeClient, vllm: FakeApplication, body: bytes, status: int
+) -> None:
+    transport = httpx.ASGITransport(PipelineMiddleware(vllm, client))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://head") as http:
+        answer = await http.post(gateway.LOAD_ADAPTER_PATH, content=body)
+    assert answer.status_code == status
+    assert ("unload the adapter" in answer.text) == (status == 400)
 
 
 async def test_vllms_own_500_stays_one(client: FakeClient, vllm: FakeApplication) -> None:

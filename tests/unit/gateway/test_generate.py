@@ -263,7 +263,7 @@ async def test_sglangs_names_become_vllms(vllm: Completions) -> None:
         ({"prompt": "x", "n": 0}, "$.n"),
         ({"prompt": ["x", "y"], "stream": True}, "`stream` takes one prompt"),
         ({"text": "x", "input_ids": [1]}, "either `text` or `input_ids`"),
-        ({"text": None}, "either `text` or `input_ids`"),
+        ({"text": None}, "give a `prompt`"),
         ({"text": "x", "prompt": "y"}, "unknown field `prompt`"),
         ({"text": "x", "max_tokens": 5}, "unknown field `max_tokens`"),
         ({"text": "x", "sampling_params": {"max_tokens": 5}}, "$.sampling_params"),

@@ -35,6 +35,9 @@ class StubVoice:
     def say(self, text: str) -> None:
         pass
 
+    def publish_view(self) -> None:
+        pass
+
 
 @pytest.fixture
 def voice() -> StubVoice:
@@ -73,7 +76,7 @@ async def test_neighbours_are_linked_before_the_engine_hears_of_them(
     assert [type(message) for _, message in voice.told[1:]] == [StageAssigned, StageAssigned]
     (assigned,) = voice.engine
     assert isinstance(assigned, PipelineAssigned)
-    assert (assigned.epoch, deployment.whole, deployment.unloaded) == (1, assigned, set())
+    assert (assigned.epoch, deployment.news, deployment.unloaded) == (1, assigned, set())
 
 
 async def test_what_was_forgotten_while_it_was_linked_is_told_to_nobody(
@@ -84,7 +87,7 @@ async def test_what_was_forgotten_while_it_was_linked_is_told_to_nobody(
     deployment.dialled(ONE, TWO, ok=True)
     await assigning
     assert voice.engine == []
-    assert (deployment.whole, deployment.unloaded) == (None, {ONE, TWO})
+    assert (deployment.news, deployment.unloaded) == (None, {ONE, TWO})
 
 
 async def test_a_mended_pipeline_names_the_stages_that_hold_nothing(
@@ -95,6 +98,7 @@ async def test_a_mended_pipeline_names_the_stages_that_hold_nothing(
     await assigning
     deployment.take_down("two is gone")
     deployment.take_down("said once")
+    assert deployment.news == to_engine.PipelineDown("two is gone")
     deployment.unloaded = {TWO}
     again = asyncio.create_task(deployment.assign(Pipeline(PLAN.stages, 2)))
     await asyncio.sleep(0.01)

@@ -127,6 +127,18 @@ async def test_output_environment_and_exit_status_are_known(nursery: Nursery) ->
     assert child.log.parent.stat().st_mode & 0o077 == 0
 
 
+async def test_what_a_library_says_at_its_end_is_not_in_the_tail(
+    nursery: Nursery, tmp_path: Path
+) -> None:
+    child = nursery.child("talk")
+    child.log.parent.mkdir(parents=True, exist_ok=True)
+    child.log.write_text(
+        "RuntimeError: why\nnanobind: leaked 5 functions!\n"
+        ' - leaked function "f"\n - ... skipped remainder\n'
+    )
+    assert child.tail() == "RuntimeError: why"
+
+
 async def test_the_tail_is_the_last_lines(nursery: Nursery) -> None:
     child = nursery.child("talk")
     await child.start()

@@ -19,7 +19,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from molink.core.errors import IdentityError
+from molink.core.errors import IdentityError, TokenError
 from molink.core.ids import HEAD, NodeId
 from molink.transport.credentials import (
     channel_credentials,
@@ -283,7 +283,7 @@ def test_a_caller_without_certificate_is_named() -> None:
 
 
 async def explain(cluster: Cluster, proof: JoinToken | NodeIdentity, node: NodeId = HEAD) -> str:
-    return await asyncio.to_thread(diagnose, cluster.address, proof, node)
+    return str(await asyncio.to_thread(diagnose, cluster.address, proof, node))
 
 
 async def test_a_good_token_is_told_to_try_again(cluster: Cluster) -> None:
@@ -323,14 +323,26 @@ async def test_a_wrong_clock_is_told(cluster: Cluster) -> None:
         assert "check the time" in await explain(cluster, cluster.token())
 
 
+async def test_only_a_token_that_will_never_do_is_the_users_mistake(cluster: Cluster) -> None:
+    expired, stranger = cluster.token(expires_in=-1), Cluster()
+    hopeless = [expired, stranger.token()]
+    for proof in (cluster.token(), cluster.enrol(1), stranger.enrol(1), *hopeless):
+        error = await asyncio.to_thread(diagnose, cluster.address, proof)
+        assert isinstance(error, TokenError) == (proof in hopeless)
+
+
 @contextmanager
 def listening() -> Iterator[tuple[socket.socket, str]]:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         yield server, f"127.0.0.1:{server.getsockname()[1]}"
 
 
+def said(address: str, proof: JoinToken | NodeIdentity) -> str:
+    return str(diagnose(address, proof))
+
+
 def quick(address: str) -> str:
-    return diagnose(address, Cluster().token(), timeout_s=0.2)
+    return str(diagnose(address, Cluster().token(), timeout_s=0.2))
 
 
 def test_nothing_there_is_told() -> None:
@@ -343,9 +355,7 @@ def test_an_http_server_is_told() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         thread = threading.Thread(target=server.handle_request)
         thread.start()
-        assert "not as a MoLink agent" in diagnose(
-            f"127.0.0.1:{server.server_port}", Cluster().token()
-        )
+        assert "not as a MoLink agent" in said(f"127.0.0.1:{server.server_port}", Cluster().token())
         thread.join()
 
 
@@ -353,7 +363,7 @@ def test_a_service_that_hangs_up_is_told() -> None:
     with listening() as (server, address):
         thread = threading.Thread(target=lambda: server.accept()[0].close())
         thread.start()
-        assert "not as a MoLink agent" in diagnose(address, Cluster().token())
+        assert "not as a MoLink agent" in said(address, Cluster().token())
         thread.join()
 
 
