@@ -92,18 +92,18 @@ def test_a_flag_that_vllm_does_not_know_ends_the_node_and_nobody_else(cluster: C
 
 
 @pytest.mark.parametrize(
-    ("layers", "words"),
+    ("layers", "words", "status"),
     [
-        ("3:8", "layers 3:4 are claimed by both head (0:4) and {name} (3:8)"),
-        ("0:4", "layers 0:4 are claimed by both"),
-        ("4:9", "{name}: layers 4:9 lie outside the model, which has 8 layers"),
+        ("3:8", "layers 3:4 are claimed by both head (0:4) and {name} (3:8)", 1),
+        ("0:4", "layers 0:4 are claimed by both", 1),
+        ("4:9", "{name}: layers 4:9 lie outside the model, which has 8 layers", 2),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_at_join(
-    cluster: Cluster, layers: str, words: str
+    cluster: Cluster, layers: str, words: str, status: int
 ) -> None:
     name = f"bad{len(cluster.members)}"
-    for said in refused(cluster, layers=layers):
+    for said in refused(cluster, status=status, layers=layers):
         assert words.format(name=name) in said
 
 
@@ -126,8 +126,8 @@ def test_a_token_of_another_cluster_or_with_another_secret(
     name = f"forged{len(cluster.members)}"
     member = Machine(cluster.token_file.parent / name, ["join", "--token", forged.encode()])
     cluster.members.append(member)
-    assert member.wait() == 1
-    assert f"cannot join: {token.addresses[0]}: " in member.log
+    assert member.wait() == 2
+    assert token.addresses[0] in member.log
     assert words in member.log
     assert "Traceback" not in member.log
 

@@ -97,4 +97,4 @@ def test_two_heads_of_one_cluster(environment: dict[str, str], tmp_path: Path) -
 def test_no_cluster_answers(environment: dict[str, str]) -> None:
     status, said = fails(environment, "status")
     assert status == 2
-    assert "no cluster answers here" in said
+    assert "belongs to no cluster" in said
