@@ -4,9 +4,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from benchmarks.netlab import Lab, Line, why_not
 from tests.e2e.cluster import Cluster, eventually, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
-from tests.e2e.namespaces import Namespaces, can_make_namespaces, command_prefix, run_in
 from tests.e2e.test_sockets import check_sockets
 from tests.factories import make_completion, make_prompts
 
@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.timeout(300),
 ]
 
+CABLE = Line(1e9, 1e9)
 REPORTS_S = 4.0  # within it every agent has told the head its counters
 TOKENS = 32
 PROMPTS = make_prompts([20, 150])
@@ -28,14 +29,18 @@ Traffic = dict[tuple[str, str], int]
 
 
 @pytest.fixture
-def namespaces() -> Iterator[Namespaces]:
-    if not can_make_namespaces():
-        pytest.skip("may not make network namespaces")
-    with Namespaces("a", "b") as namespaces:
-        assert namespaces.can_reach("a", "head")
-        assert namespaces.can_reach("b", "head")
-        assert not namespaces.can_reach("a", "b")
-        yield namespaces
+def lab() -> Iterator[Lab]:
+    """Two hosts that reach the head and not each other."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Lab() as lab:
+        for host in ("head", "a", "b"):
+            lab.add_host(host)
+        for host in ("a", "b"):
+            lab.link("head", host, CABLE)
+            assert lab.can_reach(host, "head")
+        assert not lab.can_reach("a", "b")
+        yield lab
 
 
 def traffic(cluster: Cluster) -> Traffic:
@@ -51,15 +56,15 @@ def ask(cluster: Cluster) -> tuple[list[list[int]], Traffic]:
     return tokens(answers), {link: after[link] - before.get(link, 0) for link in after}
 
 
-def test_the_head_relays_between_nodes_that_cannot_dial(namespaces: Namespaces) -> None:
-    run_in("head", lambda: relay_then_link(namespaces))
+def test_the_head_relays_between_nodes_that_cannot_dial(lab: Lab) -> None:
+    lab.call("head", lambda: relay_then_link(lab))
 
 
-def relay_then_link(namespaces: Namespaces) -> None:
+def relay_then_link(lab: Lab) -> None:
     flags = [f"--max-model-len={MAX_MODEL_LEN}", "--no-enable-prefix-caching"]
     cluster = Cluster(BUNDLED, nodes=3, flags=flags, head_arguments=["--listen=0.0.0.0:0"])
     try:
-        start(cluster)
+        start(cluster, lab)
         check_sockets(cluster.head, ("127.0.0.1", int(cluster.url.rpartition(":")[2])))
         for member in cluster.members:
             check_sockets(member, None)
@@ -70,8 +75,8 @@ def relay_then_link(namespaces: Namespaces) -> None:
         assert relayed["head", "b"] > ACTIVATIONS
         assert "a and b cannot dial each other; the head relays" in cluster.head.log
 
-        namespaces.connect("a", "b")
-        assert namespaces.can_reach("a", "b")
+        lab.link("a", "b", CABLE)
+        assert lab.can_reach("a", "b")
         renew_pipeline(cluster)
         again, direct = ask(cluster)
         assert again == first
@@ -82,11 +87,11 @@ def relay_then_link(namespaces: Namespaces) -> None:
         cluster.end()
 
 
-def start(cluster: Cluster) -> None:
+def start(cluster: Cluster, lab: Lab) -> None:
     """The head, then `a`, then `b`: stages in this order, each on its own host."""
     cluster.start_head()
     for host in ("a", "b"):
-        there = {"arguments": ["--listen=0.0.0.0:0"], "prefix": command_prefix(host)}
+        there = {"arguments": ["--listen=0.0.0.0:0"], "prefix": lab.prefix(host)}
         cluster.add_member(name=host, **there)
         cluster.head.wait_for(f"{host} has joined")
     cluster.wait_until_serving()
