@@ -120,11 +120,10 @@ async def run_round(
         base_url=url, timeout=TIMEOUT_S, limits=limits, verify=False
     ) as client:
         allowed = asyncio.Semaphore(concurrency or len(prompts))
-        body = _body(model, output_tokens) | dict(extra or {})
 
         async def one(prompt: list[int]) -> Answer:
             async with allowed:
-                return await _complete(client, body | {"prompt": prompt})
+                return await complete(client, model, prompt, output_tokens, extra)
 
         started = time.perf_counter()
         answers = await asyncio.gather(*map(one, prompts))
@@ -142,7 +141,15 @@ def _body(model: str, output_tokens: int) -> dict[str, Any]:
     }
 
 
-async def _complete(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+async def complete(
+    client: httpx.AsyncClient,
+    model: str,
+    prompt: list[int],
+    output_tokens: int,
+    extra: Mapping[str, Any] | None = None,
+) -> Answer:
+    """Stream one completion; `extra` joins its body. Raises httpx.HTTPError if it fails."""
+    body = _body(model, output_tokens) | {"prompt": prompt} | dict(extra or {})
     sent_at = time.perf_counter()
     arrivals: list[float] = []
     rest = b""

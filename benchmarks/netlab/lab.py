@@ -143,6 +143,10 @@ class Lab:
     def address(self, host: str) -> str:
         return self._hosts[host].address
 
+    def device(self, host: str, neighbour: str) -> str:
+        """The name of the device of `host` that leads to a neighbour."""
+        return self._hosts[host].neighbours[self._door(neighbour)]
+
     # What happens to a link
 
     def cut(self, one: str, other: str) -> None:
@@ -217,8 +221,7 @@ class Lab:
         ends = [self._hosts[host].namespace for host in (one, other)]
         peer = ("peer", "name", second, "netns", ends[1])
         _run("ip", "link", "add", first, "netns", ends[0], "type", "veth", *peer)
-        for host, device in ((one, first), (other, second)):
-            self.command(host, "ip", "link", "set", device, "up")
+        self._bring_up(one, other)
 
     def _start_relay(self, one: str, other: str, line: Line) -> None:
         first, second = self._join(one, other)
@@ -238,8 +241,14 @@ class Lab:
         assert relay.stdout is not None
         if relay.stdout.readline() != "ready\n":
             raise LabError("the relay of packets did not start")
-        for host, device in ((one, first), (other, second)):
-            self.command(host, "ip", "link", "set", device, "mtu", str(line.mtu), "up")
+        self._bring_up(one, other, "mtu", str(line.mtu))
+
+    def _bring_up(self, one: str, other: str, *settings: str) -> None:
+        """Every device of a host has the host's address: Gloo looks for one on the device."""
+        for host, peer in ((one, other), (other, one)):
+            device = self._hosts[host].neighbours[peer]
+            self.command(host, "ip", "link", "set", device, *settings, "up")
+            self.command(host, "ip", "address", "add", f"{self.address(host)}/32", "dev", device)
 
     def _shape(self, one: str, other: str, *, is_cut: bool = False) -> None:
         """Have the kernel send at the line's rates, each with a queue before it."""
