@@ -62,9 +62,9 @@ class PipelineMiddleware:
             await respond(send, 200, self._client.view_json)
         elif self._client.down is not None and scope["path"] not in ALWAYS_ANSWERED:
             await self._refuse(send)
-        elif is_post(scope, LOAD_ADAPTER_PATH):
-            await self._app(scope, *with_body(receive, send, partial(_refuse_in_place, send=send)))
         else:
+            if is_post(scope, LOAD_ADAPTER_PATH):
+                receive, send = with_body(receive, send, partial(_refuse_in_place, send=send))
             await self._pass(scope, receive, send)
 
     def _reporting(self, send: Send) -> Send:

@@ -63,10 +63,19 @@ def vllm(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> FakeApplication
     return FakeApplication(client)
 
 
-async def get(client: FakeClient, vllm: FakeApplication, path: str) -> httpx.Response:
+def client_of(client: FakeClient, vllm: FakeApplication) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(PipelineMiddleware(vllm, client))  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://head") as http:
+    return httpx.AsyncClient(transport=transport, base_url="http://head")
+
+
+async def get(client: FakeClient, vllm: FakeApplication, path: str) -> httpx.Response:
+    async with client_of(client, vllm) as http:
         return await http.get(path)
+
+
+async def post(client: FakeClient, vllm: FakeApplication, path: str, body: bytes) -> httpx.Response:
+    async with client_of(client, vllm) as http:
+        return await http.post(path, content=body)
 
 
 async def test_vllm_answers_while_the_pipeline_is_up(
@@ -132,6 +141,14 @@ async def test_it_is_a_503_also_when_the_pipeline_is_already_back(
     assert "can be sent again" in answer.json()["error"]["message"]
 
 
+async def test_so_it_is_for_an_adapter_that_was_being_loaded(
+    client: FakeClient, vllm: FakeApplication
+) -> None:
+    vllm.status, vllm.lose_after = 500, 0
+    answer = await post(client, vllm, gateway.LOAD_ADAPTER_PATH, b"{}")
+    assert (answer.status_code, "beta is gone" in answer.text) == (503, True)
+
+
 STREAM_ERROR = b'data: {"error": {"message": "Internal server error", "type": "x", "code": 500}}'
 
 
@@ -172,9 +189,7 @@ async def test_another_error_of_a_stream_stays(client: FakeClient, vllm: FakeApp
 async def test_an_adapter_is_not_replaced_in_place(
     client: FakeClient, vllm: FakeApplication, body: bytes, status: int
 ) -> None:
-    transport = httpx.ASGITransport(PipelineMiddleware(vllm, client))  # type: ignore[arg-type]
-    async with httpx.AsyncClient(transport=transport, base_url="http://head") as http:
-        answer = await http.post(gateway.LOAD_ADAPTER_PATH, content=body)
+    answer = await post(client, vllm, gateway.LOAD_ADAPTER_PATH, body)
     assert answer.status_code == status
     assert ("unload the adapter" in answer.text) == (status == 400)
 
