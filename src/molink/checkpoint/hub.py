@@ -20,6 +20,7 @@ from molink.core.errors import HubError, UsageError
 CHUNK_BYTES = 1 << 20  # what is written, and counted, at once
 _API_TIMEOUT_S = 30.0
 _ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # sha1 of git, or sha256 of a large file
+_SHA256_DIGITS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +29,7 @@ class HubFile:
 
     name: str
     size: int  # bytes
-    etag: str  # names its content in the cache; the sha256 of it if `is_large`
-    is_large: bool
+    etag: str  # names its content in the cache; its hash, see `_digest`
 
 
 class HubModel:
@@ -129,7 +129,7 @@ class HubModel:
                 headers=build_hf_headers(),
                 expected_size=file.size,
             )
-        if (found := _digest(part, is_large=file.is_large)) != file.etag:
+        if (found := _digest(part, file.etag)) != file.etag:
             part.unlink()
             raise HubError(
                 f"{file.name} of {self.name} arrived damaged: its hash is {found}, the hub says "
@@ -170,15 +170,15 @@ def fetch_config(name: str, revision: str | None) -> Path:
 def _check_cached(path: Path) -> None:
     """Raises HubError for a file that is not what its name in the cache says, and removes it."""
     blob = path.resolve()
-    if _ETAG.fullmatch(blob.name) and _digest(blob, is_large=len(blob.name) == 64) != blob.name:
+    if _ETAG.fullmatch(blob.name) and _digest(blob, blob.name) != blob.name:
         blob.unlink()
         raise HubError(f"{path.name} has arrived damaged; start again to download it anew")
 
 
-def _digest(path: Path, *, is_large: bool) -> str:
-    """What the hub calls a file's content: its sha256, or git's sha1 of a small one."""
+def _digest(path: Path, etag: str) -> str:
+    """The hash of a file of which `etag` is one: sha256, or git's sha1 of a small one."""
     with path.open("rb") as file:
-        if is_large:
+        if len(etag) == _SHA256_DIGITS:
             return hashlib.file_digest(file, "sha256").hexdigest()
         content = file.read()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -210,7 +210,7 @@ def _hub_file(sibling: Any) -> HubFile:
     etag = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
     if not isinstance(sibling.size, int) or not _ETAG.fullmatch(str(etag)):
         raise ValueError(f"the hub says neither size nor hash of {sibling.rfilename}")
-    return HubFile(sibling.rfilename, sibling.size, etag, sibling.lfs is not None)
+    return HubFile(sibling.rfilename, sibling.size, etag)
 
 
 @contextmanager

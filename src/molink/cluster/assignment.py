@@ -52,13 +52,13 @@ def _around_pinned(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] 
     pinned = [node for node in state.ready if node.layers]
     others = [node for node in state.ready if node.computes and not node.layers]
     gaps = find_gaps([(n.name, n.layers) for n in pinned if n.layers], model.num_layers)
+    if not gaps:
+        return plan_stages(model, [_candidate(node) for node in pinned])
     trouble = f"waiting for layers {', '.join(map(str, gaps))}"
-    for count in range(len(gaps), len(others) + 1 if gaps else 1):
+    for count in range(len(gaps), len(others) + 1):
         try:
             return plan_stages(model, [_candidate(node) for node in pinned + others[:count]])
         except PlanError as error:
-            if not gaps:
-                raise
             trouble = str(error)
     return Waiting(f"{trouble}; {_presence(state)}")
 

@@ -157,10 +157,25 @@ class PipelineExecutor(Executor):
             raise StageError(f"«{method}» cannot be called on the stages of a pipeline")
         if method in STARTUP_CALLS:
             self._startup.append((method, args, kwargs or {}))
-        futures = self._call(method, args, kwargs, range(len(self._session.pipeline.stages)))
-        answers = [future.result(timeout) for future in futures]
+        answers = self._ask(method, args, kwargs, self._all_stages, timeout)
         self._is_started = self._is_started or method == LAST_STARTUP_CALL
         return _done(answers) if non_block else answers
+
+    @property
+    def _all_stages(self) -> range:
+        return range(len(self._session.pipeline.stages))
+
+    def _ask(
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        indices: Sequence[int],
+        timeout: float | None = None,
+    ) -> list[Any]:
+        """Call a method of every worker of these stages at once, and wait for their answers."""
+        futures = self._call(method, args, kwargs, indices)
+        return [future.result(timeout) for future in futures]
 
     def _call(
         self, method: str, args: tuple[Any, ...], kwargs: Any, indices: Sequence[int]
@@ -232,13 +247,10 @@ class PipelineExecutor(Executor):
         try:
             self._load(repaired.replaced)
             for method, args, kwargs in self._startup:
-                for future in self._call(method, args, kwargs, repaired.replaced):
-                    future.result()
+                self._ask(method, args, kwargs, repaired.replaced)
             for lora_id, adapter in list(self._adapters.items()):
                 self._load_adapter_again(lora_id, adapter, repaired.replaced)
-            stages = range(len(self._session.pipeline.stages))
-            for future in self._call("reset", (self._nodes(),), None, stages):
-                future.result()
+            self._ask("reset", (self._nodes(),), None, self._all_stages)
         except StageError as error:
             failed = error.node
             self._session.mended(epoch, str(error))
@@ -253,8 +265,7 @@ class PipelineExecutor(Executor):
     def _load_adapter_again(self, lora_id: int, adapter: _Adapter, stages: Sequence[int]) -> None:
         """Load an adapter on replaced stages; one that is not there any more is taken from all."""
         try:
-            for future in self._call("add_lora", adapter, {}, stages):
-                future.result()
+            self._ask("add_lora", adapter, {}, stages)
         except StageError as error:
             if error.node is None:  # the pipeline was lost again
                 raise

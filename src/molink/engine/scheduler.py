@@ -56,13 +56,13 @@ class PipelineScheduler(Scheduler):
         return request.lora_request.lora_int_id if request.lora_request else None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._forget_lost_prefixes()
+        self._forget_lost_caches()
         self._limit_adapters()
         num_decodes = self._choose_decodes()
         self.max_num_scheduled_tokens = self._token_budget(num_decodes)
         return super().schedule(throttle_prefills)
 
-    def _forget_lost_prefixes(self) -> None:
+    def _forget_lost_caches(self) -> None:
         """Empty the caches of a pipeline that was lost, or lost a step.
 
         While requests run this waits: their own lost steps will end them.

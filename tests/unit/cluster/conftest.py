@@ -1,6 +1,7 @@
 """Factories of the nouns that a cluster is made of."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -83,13 +84,14 @@ class Cluster:
         )
         self.coordinator.admit(node, hello)
 
-    def measure(self, node: NodeId) -> None:
+    def measure(self, node: NodeId, free_bytes: int = GIB) -> None:
         assert self.state.model is not None
-        self.coordinator.measured(node, self._resources, HeldModel.of(self.state.model))
+        resources = replace(self._resources, free_bytes=free_bytes)
+        self.coordinator.measured(node, resources, HeldModel.of(self.state.model))
 
-    def ready(self, name: str, layers: str | None = None) -> NodeId:
+    def ready(self, name: str, layers: str | None = None, free_bytes: int = GIB) -> NodeId:
         node = self.join(name, layers)
-        self.measure(node)
+        self.measure(node, free_bytes)
         return node
 
 

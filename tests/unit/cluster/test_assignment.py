@@ -1,16 +1,12 @@
 """Who takes a lost stage."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from molink.cluster.admission import HeldModel
 from molink.cluster.assignment import Waiting
 from molink.cluster.state import Role
-from molink.core.cluster import Resources
-from molink.core.model import ModelFacts
 from molink.core.plan import Pipeline
 
 MakeCluster = Callable[..., Any]
@@ -82,13 +78,12 @@ def test_a_pinned_spare_takes_only_its_own_layers(
 
 
 def test_a_spare_without_the_memory_is_not_taken(
-    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+    make_cluster: MakeCluster,
 ) -> None:
     cluster = make_cluster(2)
     beta, gamma = cluster.ready("beta"), cluster.join("gamma")
     cluster.coordinator.plan()
-    small = replace(resources, free_bytes=5 << 20)  # 4 layers and the edge are 5 MiB, without cache
-    cluster.coordinator.measured(gamma, small, HeldModel.of(model))
+    cluster.measure(gamma, free_bytes=5 << 20)  # 4 layers and the edge are 5 MiB, without cache
     cluster.coordinator.node_lost(beta, "gone")
     assert "a node with 6 MiB free" in waiting(cluster.coordinator.plan())
 
@@ -122,13 +117,12 @@ def test_after_a_pipeline_that_never_served_another_may_be_quite_different(
 
 
 def test_who_cannot_take_the_place_of_a_node_that_could_waits_for_it(
-    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+    make_cluster: MakeCluster,
 ) -> None:
     cluster = make_cluster(2)
     beta, gamma = cluster.ready("beta"), cluster.join("gamma")
     cluster.coordinator.plan()
-    small = replace(resources, free_bytes=1)
-    cluster.coordinator.measured(gamma, small, HeldModel.of(model))
+    cluster.measure(gamma, free_bytes=1)
     cluster.coordinator.node_lost(beta, "test")
     cluster.coordinator.drop_pipeline()
     assert "gamma" in waiting(cluster.coordinator.plan())
@@ -138,11 +132,10 @@ def test_who_cannot_take_the_place_of_a_node_that_could_waits_for_it(
 
 
 def test_a_larger_node_takes_the_place_of_one_that_is_too_small(
-    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
+    make_cluster: MakeCluster,
 ) -> None:
     cluster = make_cluster(2)
-    beta = cluster.join("beta")
-    cluster.coordinator.measured(beta, replace(resources, free_bytes=1), HeldModel.of(model))
+    cluster.ready("beta", free_bytes=1)
     gamma = cluster.ready("gamma")
     assert layout(cluster.coordinator.plan()) == [(0, "0:4"), (gamma, "4:8")]
 

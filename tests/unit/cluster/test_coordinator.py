@@ -90,16 +90,11 @@ def test_what_pinned_nodes_leave_goes_to_the_others(make_cluster: MakeCluster) -
     assert planned == [(beta, "0:2"), (0, "2:4"), (gamma, "4:8")]
 
 
-def test_a_gap_is_left_to_as_many_as_can_hold_it(
-    make_cluster: MakeCluster, resources: Resources, model: ModelFacts
-) -> None:
+def test_a_gap_is_left_to_as_many_as_can_hold_it(make_cluster: MakeCluster) -> None:
     cluster = make_cluster(head_layers="0:2")
-    small = replace(resources, free_bytes=5 << 20)
-    for name in ("beta", "gamma"):
-        node = cluster.join(name)
-        cluster.coordinator.measured(node, small, HeldModel.of(model))
-        if name == "beta":
-            assert "not enough memory" in waiting(cluster.coordinator.plan())
+    cluster.ready("beta", free_bytes=5 << 20)
+    assert "not enough memory" in waiting(cluster.coordinator.plan())
+    cluster.ready("gamma", free_bytes=5 << 20)
     planned = layout(cluster.coordinator.plan())
     assert [node for node, _ in planned] == [0, 1, 2]
 
