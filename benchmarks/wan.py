@@ -33,7 +33,7 @@ from netlab.accuracy import Measured, measure
 from rich.console import Console
 from rich.table import Table
 from terminal import run
-from workload import Answer, Workload, complete
+from workload import Answer, Workload, complete, quantile
 
 HOSTS = ("head", "far")
 RENDEZVOUS_PORT = 29500
@@ -143,11 +143,11 @@ async def ask_openly(
 def sample(answers: Sequence[Answer]) -> Sample:
     began = min(answer.sent_at for answer in answers)
     seconds = max(answer.arrivals[-1] for answer in answers) - began
-    ttft = sorted(answer.ttft_s for answer in answers)
-    tpot = sorted(answer.tpot_s for answer in answers)
-    p99 = min(int(0.99 * len(answers)), len(answers) - 1)
     tokens = sum(answer.output_tokens for answer in answers)
-    return Sample(tokens / seconds, median(ttft), ttft[p99], median(tpot), tpot[p99])
+    ttft = [answer.ttft_s for answer in answers]
+    tpot = [answer.tpot_s for answer in answers]
+    of_tpot = median(tpot), quantile(tpot, 0.99)
+    return Sample(tokens / seconds, median(ttft), quantile(ttft, 0.99), *of_tpot)
 
 
 class Benchmark:

@@ -5,7 +5,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,12 @@ class Answer:
         return (self.arrivals[-1] - self.arrivals[0]) / max(self.output_tokens - 1, 1)
 
 
+def quantile(values: Iterable[float], share: float) -> float:
+    """By nearest rank."""
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """All answers of one run of a workload."""
@@ -81,8 +87,7 @@ class Round:
 
     def ttft_s(self, share: float) -> float:
         """The quantile `share` of the seconds to the first token, by nearest rank."""
-        times = sorted(answer.ttft_s for answer in self.answers)
-        return times[min(int(share * len(times)), len(times) - 1)]
+        return quantile((answer.ttft_s for answer in self.answers), share)
 
     @property
     def prefilled_at(self) -> float:
