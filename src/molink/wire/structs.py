@@ -9,6 +9,8 @@ from molink.core.errors import WireError
 T = TypeVar("T")
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """Refuses NaN and infinity too, which JSON cannot say."""
+Rate = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+"""Bytes a second; refuses the same."""
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray | memoryview) -> T:

@@ -3,6 +3,7 @@
 import msgspec
 
 from molink.wire import structs
+from molink.wire.structs import Rate, Seconds
 
 
 class StagePlace(msgspec.Struct, frozen=True):
@@ -42,7 +43,25 @@ class ClusterView(msgspec.Struct, frozen=True, tag=True):
     view: bytes  # JSON, as `/cluster` serves it
 
 
-ToEngine = PipelineAssigned | PipelineDown | PipelineRepaired | ClusterView
+class HopFigures(msgspec.Struct, frozen=True):
+    """What lies between two stages. None: not known yet."""
+
+    bytes_per_s: Rate | None  # towards the later stage; None also within one node, where rtt_s is 0
+    rtt_s: Seconds | None  # of an idle link
+
+
+class PathMeasured(msgspec.Struct, frozen=True, tag=True):
+    """The links of a pipeline, to the engine once a second.
+
+    Hop i leads from stage i to the next one, the last hop from the last stage back to the head.
+    A relayed hop has the smaller rate and the sum of the round trips.
+    """
+
+    epoch: int
+    hops: list[HopFigures]
+
+
+ToEngine = PipelineAssigned | PipelineDown | PipelineRepaired | PathMeasured | ClusterView
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

@@ -1,8 +1,13 @@
-"""What a stage reads: calls of the engine. Steps are in `wire.frames.Kind`."""
+"""What a stage reads: calls of the engine, and its agent's figures.
+
+Steps are in `wire.frames.Kind`.
+"""
 
 import msgspec
 
 from molink.core.plan import LayerRange
+from molink.wire import structs
+from molink.wire.structs import Rate
 
 WORKER_CALLS = frozenset(
     {
@@ -69,3 +74,22 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
         """Those of this stage."""
         start = sum(self.partition[: self.stage_index])
         return LayerRange(start, start + self.partition[self.stage_index])
+
+
+class LinkRates(msgspec.Struct, frozen=True, tag=True):
+    """What leaves the node how fast, once a second from its own agent (`Kind.CONTROL`)."""
+
+    bytes_per_s: dict[int, Rate]  # by node; one that is relayed to has the rate of its way
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[LinkRates] = msgspec.msgpack.Decoder(LinkRates)
+
+
+def encode(message: LinkRates) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes | bytearray | memoryview) -> LinkRates:
+    """Raises WireError for anything else."""
+    return structs.decode(_decoder, payload)

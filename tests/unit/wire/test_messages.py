@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molink.core.errors import WireError
-from molink.wire import to_agent, to_engine, to_head
+from molink.wire import to_agent, to_engine, to_head, to_stage
 from molink.wire.to_stage import WORKER_CALLS
 
 quick = settings(deadline=None, max_examples=15)
@@ -31,6 +31,8 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
         return PRIMITIVES[hint]
     if get_origin(hint) is list:
         return st.lists(values(get_args(hint)[0]), max_size=3)
+    if get_origin(hint) is dict:
+        return st.dictionaries(*map(values, get_args(hint)), max_size=3)
     if get_origin(hint) is Annotated:
         base, meta = get_args(hint)
         return bounded(base, meta)
@@ -53,8 +55,9 @@ RECEIVERS = [
     (to_agent, to_agent.ToAgent),
     (to_head, to_head.ToHead),
     (to_engine, to_engine.ToEngine),
+    (to_stage, to_stage.LinkRates),
 ]
-MESSAGES = [(module, cls) for module, union in RECEIVERS for cls in get_args(union)]
+MESSAGES = [(module, cls) for module, union in RECEIVERS for cls in get_args(union) or [union]]
 modules = st.sampled_from([module for module, _ in RECEIVERS])
 
 
@@ -110,11 +113,25 @@ def test_ways_to_trouble_a_decoder(payload: bytes) -> None:
         (to_head, to_agent.Shutdown("over")),
         (to_engine, to_agent.Ping(1.0)),
         (to_agent, to_engine.PipelineDown("lost")),
+        (to_stage, to_engine.PipelineDown("lost")),
     ],
 )
 def test_what_is_meant_for_another_receiver_is_refused(module: Any, message: Any) -> None:
     with pytest.raises(WireError):
         module.decode(msgspec.msgpack.encode(message))
+
+
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf"), "fast"])
+def test_a_rate_is_a_finite_number(rate: Any) -> None:
+    for module, message in (
+        (to_stage, {"type": "LinkRates", "bytes_per_s": {1: rate}}),
+        (
+            to_engine,
+            {"type": "PathMeasured", "epoch": 1, "hops": [{"bytes_per_s": rate, "rtt_s": 0.0}]},
+        ),
+    ):
+        with pytest.raises(WireError):
+            module.decode(msgspec.msgpack.encode(message))
 
 
 @quick
