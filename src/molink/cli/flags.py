@@ -3,10 +3,13 @@
 import re
 from itertools import takewhile
 
+import msgspec
+
 from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
 from molink.engine.owned_flags import name_of, refuse_owned
 from molink.node.stage_host import StageSettings
+from molink.wire.to_stage import WireFormat
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEVICES = ("auto", "cpu", "cuda")
@@ -73,6 +76,15 @@ def check_device(device: str) -> None:
             f"--device {device}: vLLM's build for {build} is installed here; for the other one run "
             f"scripts/install {device}"
         )
+
+
+def changed_wire(wire: WireFormat) -> dict[str, str | None]:
+    """By flag, what the user chose about what crosses between stages; None for what he left."""
+    default = WireFormat()
+    return {
+        f"--wire-{name}": value if value != getattr(default, name) else None
+        for name, value in msgspec.structs.asdict(wire).items()
+    }
 
 
 def stage_settings(model: str, flags: list[str], *, send: bool) -> StageSettings:

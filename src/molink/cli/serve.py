@@ -18,6 +18,7 @@ from molink.cli.console import fail, own_versions, run_until_signal, say, say_al
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import (
     LOOPBACK,
+    changed_wire,
     check_addresses,
     check_device,
     check_flags,
@@ -47,9 +48,11 @@ from molink.transport.identity import (
 )
 from molink.transport.token import JoinToken, new_secret
 from molink.transport.tunnel import TunnelExit
+from molink.wire.to_stage import WireCoding, WireDtype, WireFormat, WireSum
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
+WIRE = WireFormat()  # what it is if nothing is said
 
 
 def serve(
@@ -86,11 +89,27 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Name of this node; the host's name if not given.")
     ] = None,
+    wire_sum: Annotated[
+        WireSum,
+        typer.Option(
+            help="Send the sum of two tensors instead of both, where a model has both: half the "
+            "bytes. auto: where the tokens stay the same."
+        ),
+    ] = WIRE.sum,
+    wire_dtype: Annotated[
+        WireDtype,
+        typer.Option(help="Between stages, numbers of 8 bits; auto: as the model computes."),
+    ] = WIRE.dtype,
+    wire_coding: Annotated[
+        WireCoding,
+        typer.Option(help="Lossless coding between stages; auto: where the link is slow enough."),
+    ] = WIRE.coding,
 ) -> None:
     """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
 
     Every flag that is not listed goes to vLLM (see `vllm serve --help`).
     """
+    wire = WireFormat(sum=wire_sum, dtype=wire_dtype, coding=wire_coding)
     try:
         model, flags = _model_and_flags(model, context.args)
         check_device(device)
@@ -101,6 +120,7 @@ def serve(
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
+            _check_alone(changed_wire(wire))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
@@ -114,7 +134,7 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(model, host, port, _engine_flags(model, flags, facts)),
+                EngineSettings(model, host, port, _engine_flags(model, flags, facts), wire),
                 _settings(model, host, port, listen, advertise, layers, name, flags),
                 nodes,
                 token_file,

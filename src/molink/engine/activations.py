@@ -1,20 +1,21 @@
 """Activations between a stage's device and the bytes of a message."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from molink.core.errors import WireError
 from molink.engine.types import dtype_name
-from molink.wire.tensors import TensorMeta, pack_header, unpack_header
+from molink.wire import planes
+from molink.wire.frames import MAX_MESSAGE
+from molink.wire.tensors import DTYPE_BYTES, TensorMeta, pack_header, unpack_header
+
+MIN_CODED = 1024  # bytes of a tensor; the table of its codes takes about 60
 
 Parts = list[bytes | bytearray | memoryview]
 Emit = Callable[["StepId", Parts], None]
 """Hands the output of a step to the agent."""
-Sender = Callable[["StepId", dict[str, torch.Tensor]], list[Any]]
-"""Sends a step's output; returns handles to wait for before its memory is written again."""
 
 
 class StepId(NamedTuple):
@@ -24,89 +25,100 @@ class StepId(NamedTuple):
     sequence: int
 
 
-def unpack(payload: bytearray, device: torch.device) -> dict[str, torch.Tensor]:
+def unpack(
+    payload: bytearray, device: torch.device, *, max_bytes: int = MAX_MESSAGE
+) -> dict[str, torch.Tensor]:
     """Tensors of [num_tokens, hidden_size] over the received memory; on an accelerator, copies.
 
+    Args:
+        max_bytes: that the tensors may take; coded ones, which may grow, take no more.
+
     Raises:
-        WireError: the payload is not what its header says.
+        WireError: the payload is not what its header says, or too large.
     """
     metas, offset = unpack_header(payload, max_bytes=len(payload))
+    if (total := sum(meta.num_bytes for meta in metas)) > max_bytes:
+        raise WireError(f"a step of {total} bytes where {max_bytes} are expected")
     tensors = {}
     for meta in metas:
         if meta.num_elements == 0:
             raise WireError(f"tensor {meta.name} of a step is empty")
+        data = memoryview(payload)[offset : offset + meta.wire_bytes]
         tensor = torch.frombuffer(
-            payload, dtype=getattr(torch, meta.dtype), count=meta.num_elements, offset=offset
+            data if meta.coded is None else _decoded(meta, data),
+            dtype=getattr(torch, meta.dtype),
+            count=meta.num_elements,
         ).view(meta.shape)
         tensors[meta.name] = tensor if device.type == "cpu" else tensor.to(device)
-        offset += meta.num_bytes
+        offset += meta.wire_bytes
     return tensors
 
 
-def pack(tensors: dict[str, torch.Tensor]) -> Parts:
+def _decoded(meta: TensorMeta, data: memoryview) -> planes.Bytes:
+    word_bytes = DTYPE_BYTES[meta.dtype]
+    if word_bytes not in planes.WORD_BYTES:
+        raise WireError(f"tensor {meta.name} of {meta.dtype} cannot be coded")
+    first = planes.inflate(data[: meta.coded], meta.num_elements)
+    return planes.join(first, data[meta.coded :], word_bytes)
+
+
+def pack(tensors: Mapping[str, torch.Tensor]) -> Parts:
     """Header and raw bytes of CPU tensors; nothing is copied that is contiguous."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metas = [
-        TensorMeta(name, dtype_name(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
-    views = [memoryview(tensor.flatten().view(torch.uint8).numpy()) for tensor in tensors.values()]
-    return [pack_header(metas), *views]
+    header = pack_header([_meta(name, tensor) for name, tensor in tensors.items()])
+    return [header, *map(_bytes_of, tensors.values())]
 
 
-def sender_for(device_type: str, emit: Emit) -> Sender:
-    """How outputs leave this kind of device."""
-    return CudaSender(emit) if device_type == "cuda" else CpuSender(emit)
+class Planes(NamedTuple):
+    """A tensor on its way to be coded: copies, which nobody writes."""
+
+    meta: TensorMeta
+    first: planes.Bytes
+    others: planes.Bytes
+
+    @property
+    def is_worth_it(self) -> bool:
+        return self.meta.num_bytes >= MIN_CODED and bool(self.first.size)
+
+    @property
+    def whole(self) -> memoryview:
+        """The tensor's bytes again."""
+        if not self.first.size:
+            return self.others.data
+        return planes.join(self.first.data, self.others.data, DTYPE_BYTES[self.meta.dtype]).data
 
 
-class CpuSender:
-    """Outputs already lie in host memory, and have left it, or were copied, when `emit` returns."""
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        self._emit(step, pack(tensors))
-        return []
-
-
-class CudaSender:
-    """Copies outputs to pinned memory on a side stream; a thread emits them when they are there.
-
-    The next forward may overwrite the outputs (they can be a graph's static buffers), so it waits
-    for the copy, through the returned handle, and never for the send.
-    """
-
-    def __init__(self, emit: Emit) -> None:
-        self._emit = emit
-        self._stream = torch.cuda.Stream()
-        self._copies = ThreadPoolExecutor(max_workers=1, thread_name_prefix="copies")
-
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            host = {
-                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
-                    tensor, non_blocking=True
-                )
-                for name, tensor in tensors.items()
-            }
-            copied = self._stream.record_event()
-        self._copies.submit(self._emit_when, copied, step, host)
-        return [_StreamWait(copied)]
-
-    def _emit_when(
-        self, copied: torch.cuda.Event, step: StepId, host: dict[str, torch.Tensor]
-    ) -> None:
-        copied.synchronize()
-        self._emit(step, pack(host))
+def split(tensors: Mapping[str, torch.Tensor]) -> list[Planes]:
+    """The planes of CPU tensors; of one that is not to be coded, its bytes as the others."""
+    found = []
+    for name, tensor in tensors.items():
+        meta, data = _meta(name, tensor), _bytes_of(tensor.contiguous())
+        if tensor.is_floating_point() or tensor.dtype == torch.int8:
+            found.append(Planes(meta, *planes.split(data, tensor.element_size())))
+        else:
+            found.append(Planes(meta, *planes.split(data, 1)[::-1]))
+    return found
 
 
-class _StreamWait:
-    """Makes the compute stream, not the host, wait for a copy."""
+def pack_coded(split_tensors: list[Planes]) -> Parts:
+    """Header and coded bytes; tensors that coding does not shrink travel as they were."""
+    metas: list[TensorMeta] = []
+    parts: Parts = []
+    for tensor in split_tensors:
+        meta, first, others = tensor
+        coded = planes.deflate(first.data) if tensor.is_worth_it else b""
+        if 0 < len(coded) < meta.num_elements:
+            metas.append(meta._replace(coded=len(coded)))
+            parts += [coded, others.data]
+        else:
+            metas.append(meta)
+            parts.append(tensor.whole)
+    return [pack_header(metas), *parts]
 
-    def __init__(self, copied: torch.cuda.Event) -> None:
-        self._copied = copied
 
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._copied)
+def _meta(name: str, tensor: torch.Tensor) -> TensorMeta:
+    return TensorMeta(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())

@@ -25,14 +25,14 @@ from molink.core.ids import NodeId
 from molink.engine import compat
 from molink.engine.adapters import NoAdapterError, adapter_digest, dropped
 from molink.engine.config import resolve
-from molink.engine.environment import SOCKET_VARIABLE, die_with_parent
+from molink.engine.environment import SOCKET_VARIABLE, WIRE_VARIABLE, die_with_parent
 from molink.engine.grammar import pack_grammar
 from molink.engine.lost import LostStep
 from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
 from molink.wire.to_engine import PipelineRepaired
-from molink.wire.to_stage import WORKER_CALLS, LoadStage
+from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
 
 logger = logging.getLogger("molink.engine")
 REPORT_INTERVAL_S = 1.0
@@ -60,6 +60,8 @@ class PipelineExecutor(Executor):
     def _init_executor(self) -> None:
         die_with_parent()
         self._codec = build_codec()
+        self._wire = WireFormat.from_json(os.environ.get(WIRE_VARIABLE, "{}"))
+        self._takes_sum: dict[int, bool] = {}  # by stage: of `hidden_states` and `residual`
         self._startup: list[_Call] = []
         self._adapters: dict[int, _Adapter] = {}  # by id
         self._is_started = False  # all start-up calls were made and answered
@@ -85,10 +87,10 @@ class PipelineExecutor(Executor):
             self._session.report()
 
     def _load(self, indices: Sequence[int]) -> None:
-        """Load the layers of these stages, all at once."""
+        """Load the layers of these stages, all at once; tell the ones before what they take."""
         stages = self._session.pipeline.stages
         resolved = resolve(self.vllm_config)
-        futures: list[Future[Any]] = []
+        futures: dict[int, list[Future[Any]]] = {}
         for index in indices:
             load = LoadStage(
                 stage_index=index,
@@ -96,10 +98,17 @@ class PipelineExecutor(Executor):
                 partition=[stage.end - stage.start for stage in stages],
                 engine_flags=compat.engine_flags(),
                 resolved=resolved,
+                wire=self._wire,
             )
-            futures += self._session.call(NodeId(stages[index].node), "load", (load,), None)
-        for future in futures:
-            future.result()
+            node = NodeId(stages[index].node)
+            futures[index] = self._session.call(node, "load", (load,), None)
+        for index, ranks in futures.items():
+            answers = [future.result() for future in ranks]
+            self._takes_sum[index] = all(answer is True for answer in answers)
+        for index in self._all_stages[1:]:
+            takes_sum = self._takes_sum[index]
+            if takes_sum or index - 1 not in indices:
+                self._ask("send_sum", (takes_sum,), {}, [index - 1])
 
     def _nodes(self) -> list[int]:
         return [stage.node for stage in self._session.pipeline.stages]

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from molink.engine.activations import Sender, StepId
+from molink.engine.activations import StepId
+from molink.engine.senders import Sender
 
 
 class StageGroup:

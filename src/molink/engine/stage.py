@@ -15,12 +15,12 @@ import torch
 
 from molink.core.errors import HubError, MolinkError, StageError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
-from molink.engine.activations import Parts, StepId, unpack
+from molink.engine.activations import Parts, StepId
 from molink.engine.grammar import unpack_grammar
 from molink.engine.objections import one_line
 from molink.engine.worker import StageOptions, StageWorker
 from molink.transport.local import LocalSocket
-from molink.wire import to_agent
+from molink.wire import to_agent, to_stage
 from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
@@ -44,10 +44,12 @@ class Inbox:
 
     def __init__(self, socket: LocalSocket) -> None:
         self._socket = socket
+        self._agent = Address(socket.address.node, Port.AGENT)
         self._ordered: deque[Message] = deque()
         self._parts: dict[tuple[Kind, int], Message] = {}
         self.epoch = 0
         self.previous: Address | None = None  # the stage before this one
+        self.link_rates: dict[int, float] = {}  # bytes a second, by node
 
     def next(self) -> Message:
         """The next step or call."""
@@ -70,6 +72,8 @@ class Inbox:
 
     def _receive(self) -> None:
         message = self._socket.receive()
+        if message.kind == Kind.CONTROL and message.source == self._agent:
+            self.link_rates = to_stage.decode(message.payload).bytes_per_s
         if message.source == ENGINE and message.epoch > self.epoch:
             self.epoch = message.epoch
             self._parts.clear()
@@ -150,7 +154,7 @@ class StageLoop:
         waiting_since = time.perf_counter()
         message = self._inbox.part(Kind.ACTIVATIONS, step.sequence)
         self.counters.waiting_s += time.perf_counter() - waiting_since
-        return unpack(message.payload, worker.device)
+        return worker.unpack(message.payload)
 
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:
@@ -191,8 +195,10 @@ class StageLoop:
         if method == "load":
             self._worker = self._load(*args)
             self._inbox.previous = _stage_of(self._worker.previous_node)
-            return None
+            return self._worker.takes_sum
         worker = self._loaded()
+        if method == "send_sum":
+            return worker.send_sum(*args)
         if method == "reset":
             worker.nodes = args[0]
             self._inbox.previous = _stage_of(worker.previous_node)
@@ -202,7 +208,10 @@ class StageLoop:
         return worker.call(method, args, kwargs)
 
     def _load(self, load: LoadStage) -> StageWorker:
-        return StageWorker(load, self._options, self._emit)
+        return StageWorker(load, self._options, self._emit, self._link_rate)
+
+    def _link_rate(self) -> float | None:
+        return self._inbox.link_rates.get(self._loaded().next_node)
 
     def _loaded(self) -> StageWorker:
         if self._worker is None:

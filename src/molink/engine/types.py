@@ -33,7 +33,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from molink.wire.codec import Codec, CodecError, Parts, Registry
 from molink.wire.tensors import DTYPE_BYTES, num_bytes
-from molink.wire.to_stage import LoadStage, Resolved
+from molink.wire.to_stage import LoadStage, Resolved, WireFormat
 
 STEP_TYPES: Final = {
     16: scheduler.SchedulerOutput,
@@ -95,6 +95,7 @@ START_UP_TYPES: Final = {
     76: kv.HiSparseResidentSpec,
     80: LoadStage,
     81: Resolved,
+    82: WireFormat,
 }
 
 MULTIMODAL_TYPES: Final = {

@@ -1,23 +1,31 @@
 """One rank of one stage: vLLM's own worker, with a pipeline group of ours."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from molink.engine import compat
-from molink.engine.activations import Emit, sender_for
+from molink.engine.activations import Emit, unpack
 from molink.engine.adapters import check_adapter
+from molink.engine.coder import Coder
 from molink.engine.config import stage_config
 from molink.engine.environment import set_partition
 from molink.engine.group import StageGroup
+from molink.engine.hop_format import HopFormat, check_device
 from molink.engine.objections import in_one_line
+from molink.engine.residual import uses_only_the_sum
+from molink.engine.senders import sender_for
 from molink.wire.to_stage import LoadStage
+
+logger = logging.getLogger("molink.stage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +42,20 @@ class StageOptions:
 class StageWorker:
     """Loads only the layers of one stage and runs steps on them.
 
+    Args:
+        link_rate: bytes a second to the node of the next stage; None: not known.
+
     Raises:
         UsageError: this node's own flags, or its files, do not do.
     """
 
-    def __init__(self, load: LoadStage, options: StageOptions, emit: Emit) -> None:
+    def __init__(
+        self,
+        load: LoadStage,
+        options: StageOptions,
+        emit: Emit,
+        link_rate: Callable[[], float | None],
+    ) -> None:
         set_partition(load.partition)
         model = options.find_model(load)
         with in_one_line():
@@ -52,25 +69,53 @@ class StageWorker:
         self.nodes = load.nodes
         self.index = index
         self.layers = load.layers
-        self.group = StageGroup(
-            index, len(load.partition), sender_for(current_platform.device_type, emit)
-        )
+        self._wire = load.wire
+        coder = Coder(load.wire.coding, emit, link_rate)
+        self._send = sender_for(current_platform.device_type, coder)
+        self._send.format = HopFormat(load.wire.eight_bits)
+        self.group = StageGroup(index, len(load.partition), self._send)
         self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=options.rank)
         self._worker.init_worker([self._arguments(config, options)])
         compat.place_stage(config, self.layers, index)
         with compat.stage_alone(config, self.group):
             self._worker.init_device()
         compat.unlink_shared_memory()
+        check_device(load.wire.eight_bits, self.device)
         self._worker.load_model()
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
+        self._receive = self._agreed_format(config)
         self._digests: dict[int, str] = {}  # of adapters, by their numbers
         if config.lora_config is not None:
             compat.before_each_adapter(
                 self._worker.worker,
                 lambda request: check_adapter(request, self._digests[request.lora_int_id]),
             )
+
+    def _agreed_format(self, config: VllmConfig) -> HopFormat:
+        """What this stage takes as its input.
+
+        A sum is exact in float32. In fewer bits some of vLLM's norms add without rounding, so there
+        it is the user's choice; eight bits round more than that.
+        """
+        if self.index == 0:
+            return HopFormat()
+        runner = self._worker.worker.model_runner
+        one_row = runner.model.make_empty_intermediate_tensors(
+            batch_size=1, dtype=config.model_config.dtype, device=self.device
+        ).tensors
+        row_bytes = sum(tensor.nbytes for tensor in one_row.values())
+        self._max_input = runner.max_num_tokens * row_bytes
+        eight_bits, dtype = self._wire.eight_bits, config.model_config.dtype
+        is_wanted = self._wire.sum == "on" or (
+            self._wire.sum == "auto" and (eight_bits is not None or dtype == torch.float32)
+        )
+        has_sum = is_wanted and uses_only_the_sum(runner.model, config, one_row)
+        if self._wire.sum == "on" and not has_sum:
+            logger.warning("--wire-sum on: the layers of this model use more than a sum")
+        logger.info("input comes in %s, as a sum: %s", eight_bits or dtype, has_sum)
+        return HopFormat(eight_bits, has_sum)
 
     def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
         # vLLM names shared memory after this file, so its name is that of no other stage.
@@ -96,6 +141,20 @@ class StageWorker:
     @property
     def next_node(self) -> int:
         return self.nodes[self.index + 1]
+
+    @property
+    def takes_sum(self) -> bool:
+        """Whether the stage before should send a sum."""
+        return self._receive.has_sum
+
+    def send_sum(self, has_sum: bool) -> None:
+        """The next stage takes a sum, or it does not."""
+        self._send.format = replace(self._send.format, has_sum=has_sum)
+
+    def unpack(self, payload: bytearray) -> dict[str, torch.Tensor]:
+        """The input of a step. Raises WireError if it is not what was agreed on."""
+        crossed = unpack(payload, self.device, max_bytes=self._max_input)
+        return self._receive.restore(crossed, self._worker.worker.model_config.dtype)
 
     def execute_model(self, output: SchedulerOutput) -> Any:
         """Run the layers; None means that `sample` comes next."""

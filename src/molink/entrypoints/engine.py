@@ -9,6 +9,7 @@ from molink.engine.environment import (
     FLAGS_VARIABLE,
     PARENT_VARIABLE,
     SOCKET_VARIABLE,
+    WIRE_VARIABLE,
     die_with_parent,
     export,
     prepare_environment,
@@ -32,6 +33,7 @@ def main() -> None:
     arguments, engine_flags = parse_flags(options.model, options.host, options.port, flags)
     export(SOCKET_VARIABLE, str(options.socket))
     export(FLAGS_VARIABLE, json.dumps(engine_flags))
+    export(WIRE_VARIABLE, options.wire)
     client = AgentClient(options.socket)
     pipeline = client.wait_for_pipeline()
     uvloop.run(serve(arguments, pipeline.stages, lambda app: customise(app, client)))
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--flags", required=True, help="JSON list of the user's vLLM flags")
+    parser.add_argument("--wire", required=True, help="JSON of a WireFormat")
     return parser
 
 

@@ -1,9 +1,12 @@
 """The header in front of a step's activations: which tensors follow, as raw bytes, in which order.
 
-    u8 count | count × (u8 name length, name, u8 dtype, u8 dims, dims × u64) | zeros up to ALIGNMENT
+    u8 count | count × (u8 name length, name, u8 dtype, u8 dims, dims × u64, [u32 coded])
+             | zeros up to ALIGNMENT
 
-Little endian. The tensors follow without gaps, each contiguous in row-major order. This is the path
-of every step, so it stays apart from the codec: nothing here touches the tensors' bytes.
+Little endian. The tensors follow without gaps, each contiguous in row-major order. One that is
+coded (the highest bit of its dims is set) is two pieces: `coded` bytes of its first plane, which is
+deflated, and its other planes (`wire.planes`). This is the path of every step, so it stays apart
+from the codec: nothing here touches the tensors' bytes.
 """
 
 import struct
@@ -23,6 +26,8 @@ DTYPE_BYTES: Final = {
     "int64": 8,
     "uint8": 1,
     "bool": 1,
+    "int8": 1,
+    "int16": 2,
 }
 """Bytes of one element. The position in this table is the dtype's number on the wire."""
 
@@ -32,6 +37,7 @@ MAX_DIMS: Final = 8
 ALIGNMENT: Final = 64  # bytes; where the first tensor starts
 
 _DTYPES: Final = tuple(DTYPE_BYTES)
+_CODED: Final = 0x80  # in the byte of dims
 
 
 class TensorMeta(NamedTuple):
@@ -40,6 +46,7 @@ class TensorMeta(NamedTuple):
     name: str
     dtype: str  # a key of DTYPE_BYTES; torch's name without the module
     shape: tuple[int, ...]
+    coded: int | None = None  # bytes of its first plane, deflated; None: the tensor lies as it is
 
     @property
     def num_elements(self) -> int:
@@ -47,7 +54,14 @@ class TensorMeta(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """In memory."""
         return num_bytes(self.dtype, self.shape)
+
+    @property
+    def wire_bytes(self) -> int:
+        if self.coded is None:
+            return self.num_bytes
+        return self.num_bytes - self.num_elements + self.coded
 
 
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
@@ -79,13 +93,17 @@ def pack_header(metas: Sequence[TensorMeta], *, max_bytes: int = MAX_MESSAGE) ->
     if len(metas) > MAX_TENSORS:
         raise CodecError(f"{len(metas)} tensors in one step")
     header = bytearray((len(metas),))
-    for name, dtype, shape in metas:
+    for meta in metas:
+        name, dtype, shape, coded = meta
         num_bytes(dtype, shape)
         label = name.encode()
         if len(label) > MAX_NAME:
             raise CodecError(f"the name {name!r:.80} is too long")
+        dims = len(shape) | (0 if coded is None else _CODED)
         header += struct.pack("<B", len(label)) + label
-        header += struct.pack(f"<BB{len(shape)}Q", _DTYPES.index(dtype), len(shape), *shape)
+        header += struct.pack(f"<BB{len(shape)}Q", _DTYPES.index(dtype), dims, *shape)
+        _check_coded(meta)
+        header += b"" if coded is None else struct.pack("<I", coded)
     header += bytes(-len(header) % ALIGNMENT)
     _check_total(len(header), metas, max_bytes)
     return bytes(header)
@@ -121,16 +139,29 @@ def _read(view: bytes | bytearray | memoryview) -> tuple[list[TensorMeta], int]:
         if length > MAX_NAME:
             raise CodecError(f"a name of {length} bytes")
         name, at = str(view[at + 1 : at + 1 + length], "utf-8"), at + 1 + length
-        dtype, dims = view[at], view[at + 1]
+        dtype, dims, is_coded = view[at], view[at + 1] & ~_CODED, view[at + 1] & _CODED
         if dims > MAX_DIMS:
             raise CodecError(f"a tensor of {dims} dimensions")
         shape = struct.unpack_from(f"<{dims}Q", view, at + 2)
-        metas.append(TensorMeta(name, _DTYPES[dtype], shape))
         at += 2 + 8 * dims
+        coded = None
+        if is_coded:
+            (coded,), at = struct.unpack_from("<I", view, at), at + 4
+        metas.append(TensorMeta(name, _DTYPES[dtype], shape, coded))
+        _check_coded(metas[-1])
     return metas, at
 
 
+def _check_coded(meta: TensorMeta) -> None:
+    if meta.coded is None:
+        return
+    if meta.num_bytes > MAX_MESSAGE:
+        raise CodecError(f"a coded tensor of {meta.num_bytes} bytes")
+    if not 0 < meta.coded < meta.num_elements:
+        raise CodecError(f"{meta.coded} bytes for {meta.num_elements} words are no coding")
+
+
 def _check_total(offset: int, metas: Sequence[TensorMeta], max_bytes: int) -> None:
-    total = offset + sum(meta.num_bytes for meta in metas)
+    total = offset + sum(meta.wire_bytes for meta in metas)
     if total > max_bytes:
         raise CodecError(f"a step of {total} bytes where {max_bytes} are allowed")

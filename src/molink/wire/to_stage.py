@@ -3,6 +3,8 @@
 Steps are in `wire.frames.Kind`.
 """
 
+from typing import Literal
+
 import msgspec
 
 from molink.core.plan import LayerRange
@@ -60,6 +62,31 @@ class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     num_speculative_tokens: int | None
 
 
+WireSum = Literal["auto", "on", "off"]
+WireDtype = Literal["auto", "int8", "fp8"]
+WireCoding = Literal["auto", "on", "off"]
+
+
+class WireFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How stages write their activations: the head's user's choices, and what they are if he made
+    none."""
+
+    sum: WireSum = "auto"  # `hidden_states` and `residual` cross as one; auto: where that is exact
+    dtype: WireDtype = "auto"  # auto: the model's own
+    coding: WireCoding = "auto"  # lossless; auto: where the link is slow enough
+
+    @property
+    def eight_bits(self) -> str | None:
+        return None if self.dtype == "auto" else self.dtype
+
+    @classmethod
+    def from_json(cls, text: str) -> "WireFormat":
+        return msgspec.json.decode(text, type=cls)
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+
 class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
     """Build the configuration and load one layer range."""
 
@@ -68,6 +95,7 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
     partition: list[int]  # layers of every stage, in order
     engine_flags: list[str]  # the user's vLLM engine flags, as typed on the head
     resolved: Resolved
+    wire: WireFormat = WireFormat()
 
     @property
     def layers(self) -> LayerRange:

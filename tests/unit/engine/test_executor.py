@@ -272,6 +272,13 @@ def test_every_stage_loads_its_layers_with_the_heads_values(
     ]
 
 
+def test_who_takes_a_sum_is_told_to_the_stage_before(start: Callable[[Agent], Head]) -> None:
+    agent = Agent()
+    agent.answer = lambda node, rank, method: node == NODES[2] or None
+    start(agent)
+    assert agent.calls()[len(NODES) :] == [(NODES[1], ("send_sum", (True,), {}))]
+
+
 def test_a_stage_that_cannot_load_ends_the_start_and_says_why(
     start: Callable[[Agent], Head],
 ) -> None:
@@ -569,6 +576,7 @@ def test_a_replaced_stage_gets_the_start_up_again_and_every_stage_forgets(head: 
     assert (first, load[0]) == (3, "load")
     assert (load[1][0].stage_index, load[1][0].nodes) == (1, nodes)
     assert others == [
+        (4, ("send_sum", (False,), {})),  # it may have sent sums to the stage that is gone
         (3, ("set_kv_cache_layout", ("LBHNC",), {})),
         (3, ("determine_available_memory", (), {})),
         (3, ("initialize_from_config", (["of 0/0", "of 0/1"],), {})),

@@ -7,8 +7,10 @@ import pytest
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.stage import ENGINE, MAX_PARTS, Inbox, StepAbandonedError
 from molink.transport.local import LocalSocket
+from molink.wire import to_stage
 from molink.wire.assembly import Message
 from molink.wire.frames import Kind
+from molink.wire.to_stage import LinkRates
 
 PREVIOUS = Address(NodeId(1), Port.STAGE)
 OTHER = Address(NodeId(2), Port.STAGE)
@@ -17,11 +19,21 @@ OTHER = Address(NodeId(2), Port.STAGE)
 class Socket:
     """Delivers messages in order; then the agent is gone."""
 
+    address = Address(NodeId(5), Port.STAGE)
+
     def __init__(self) -> None:
         self.waiting: list[Message] = []
 
-    def add(self, kind: Kind, source: Address, *, epoch: int = 1, sequence: int = 1) -> Message:
-        message = Message(kind, source, 0, epoch, sequence, bytearray())
+    def add(
+        self,
+        kind: Kind,
+        source: Address,
+        *,
+        epoch: int = 1,
+        sequence: int = 1,
+        payload: bytes = b"",
+    ) -> Message:
+        message = Message(kind, source, 0, epoch, sequence, bytearray(payload))
         self.waiting.append(message)
         return message
 
@@ -99,3 +111,14 @@ def test_parts_that_nobody_asks_for_do_not_pile_up(socket: Socket, inbox: Inbox)
     socket.add(Kind.STEP, ENGINE)
     inbox.next()
     assert len(inbox._parts) == MAX_PARTS
+
+
+def test_only_its_own_agent_says_how_fast_links_are(socket: Socket, inbox: Inbox) -> None:
+    own, other = (Address(NodeId(node), Port.AGENT) for node in (5, 6))
+    said = [(own, 1e6), (other, 9e9)]
+    for source, rate in said:
+        payload = to_stage.encode(LinkRates({7: rate}))
+        socket.add(Kind.CONTROL, source, epoch=0, payload=payload)
+    socket.add(Kind.CALL, ENGINE)
+    inbox.next()
+    assert inbox.link_rates == {7: 1e6}

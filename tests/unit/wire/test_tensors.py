@@ -22,7 +22,13 @@ from molink.wire.tensors import (
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=MAX_NAME // 4)
 shapes = st.lists(st.integers(0, 20), max_size=MAX_DIMS).map(tuple)
-tensors = st.builds(TensorMeta, names, st.sampled_from(sorted(DTYPE_BYTES)), shapes)
+raw = st.builds(TensorMeta, names, st.sampled_from(sorted(DTYPE_BYTES)), shapes, st.none())
+coded = st.builds(
+    lambda meta, share: meta._replace(coded=min(meta.num_elements, 2**24) * share // 100),
+    raw.filter(lambda meta: meta.num_bytes < 2**30),
+    st.integers(1, 99),
+).filter(lambda meta: meta.coded > 0)
+tensors = st.one_of(raw, coded)
 quick = settings(deadline=None)
 
 HIDDEN = TensorMeta("hidden_states", "bfloat16", (2048, 5120))
@@ -63,6 +69,27 @@ def test_sizes() -> None:
     assert HIDDEN.num_bytes == 2 * 2048 * 5120
     assert TensorMeta("scalar", "int64", ()).num_bytes == 8
     assert TensorMeta("empty", "float32", (0, 5120)).num_bytes == 0
+
+
+def test_a_coded_tensor_is_counted_with_the_bytes_that_come() -> None:
+    meta = HIDDEN._replace(coded=3_000_000)
+    header = pack_header([meta])
+    assert meta.wire_bytes == HIDDEN.num_elements + 3_000_000
+    total = len(header) + meta.wire_bytes
+    assert unpack_header(header, max_bytes=total) == ([meta], len(header))
+    with pytest.raises(CodecError, match=f"{total} bytes"):
+        unpack_header(header, max_bytes=total - 1)
+
+
+@pytest.mark.parametrize("size", [0, HIDDEN.num_elements, 2**32 - 1])
+def test_a_coding_that_does_not_shrink_is_none(size: int) -> None:
+    with pytest.raises(CodecError, match="no coding"):
+        pack_header([HIDDEN._replace(coded=size)])
+
+
+def test_a_coded_tensor_is_not_larger_than_a_message() -> None:
+    with pytest.raises(CodecError, match="a coded tensor of"):
+        pack_header([TensorMeta("x", "bfloat16", (2**30,), coded=7)])
 
 
 def test_the_bound_counts_header_and_tensors() -> None:

@@ -1,0 +1,103 @@
+"""The way out of a stage's host memory: coded where that pays, in the order of the steps."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from molink.engine.activations import Emit, Planes, StepId, pack, pack_coded, split, unpack
+from molink.planning.coding import MIN_BYTES, CodingFigures, pays, trial_is_due
+from molink.wire.to_stage import WireCoding
+
+logger = logging.getLogger("molink.stage")
+TRIAL_BYTES = 1 << 18  # of a tensor: a millisecond or two of work
+
+
+class Coder:
+    """Sends what lies in host memory, and owns the figures that say whether coding it pays.
+
+    A thread codes, so that the next step need not wait; only the copy into planes is made at once.
+    What is not coded leaves at once too, unless something coded is still before it. The figures
+    come from parts of messages that the thread codes and decodes for trial: how long the next stage
+    will need is what this one needs.
+
+    Args:
+        emit: hands a message to the agent; called from either thread, one at a time.
+        link_rate: bytes a second to the next stage's node; None: not known.
+    """
+
+    def __init__(self, mode: WireCoding, emit: Emit, link_rate: Callable[[], float | None]) -> None:
+        self._mode = mode
+        self._emit = emit
+        self._link_rate = link_rate
+        self._thread = InOrder("coding")
+        self._last: Future[None] | None = None  # whose message must leave first
+        self._num_messages = 0  # that were large enough to code
+        self.figures: CodingFigures | None = None
+
+    def __call__(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Send a step's tensors; their memory may be written again at once."""
+        is_large = sum(tensor.nbytes for tensor in tensors.values()) >= MIN_BYTES
+        if self._wants(is_large):
+            self._last = self._thread.submit(self._send_coded, step, split(tensors))
+        elif self._last is not None and not self._last.done():
+            copies = {name: tensor.clone() for name, tensor in tensors.items()}
+            self._last = self._thread.submit(self._send_raw, step, copies)
+        else:
+            self._send_raw(step, tensors)
+        if is_large and self._mode == "auto":
+            self._plan_trial(tensors)
+
+    def _wants(self, is_large: bool) -> bool:
+        if self._mode == "auto":
+            return is_large and pays(self.figures, self._link_rate())
+        return self._mode == "on"
+
+    def _send_coded(self, step: StepId, tensors: list[Planes]) -> None:
+        self._emit(step, pack_coded(tensors))
+
+    def _send_raw(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._emit(step, pack(tensors))
+
+    def _plan_trial(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        if trial_is_due(self._num_messages, self._link_rate()):
+            rows = {name: max(1, TRIAL_BYTES // t[0].nbytes) for name, t in tensors.items()}
+            started = time.perf_counter()
+            sample = split({name: t[: rows[name]] for name, t in tensors.items()})
+            self._thread.submit(self._try, sample, time.perf_counter() - started)
+        self._num_messages += 1
+
+    def _try(self, sample: list[Planes], split_s: float) -> None:
+        started = time.perf_counter()
+        message = bytearray(b"".join(pack_coded(sample)))
+        coded_at = time.perf_counter()
+        unpack(message, torch.device("cpu"))
+        decode_s = time.perf_counter() - coded_at
+        num_bytes = sum(tensor.meta.num_bytes for tensor in sample)
+        newest = CodingFigures(
+            ratio=len(message) / num_bytes,
+            encode_s=(split_s + coded_at - started) / num_bytes,
+            decode_s=decode_s / num_bytes,
+        )
+        self.figures = self.figures.followed_by(newest) if self.figures else newest
+
+
+class InOrder:
+    """A thread that does one thing after the other; a failure ends the process, as in a step."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+
+    def submit(self, work: Callable[..., None], *args: Any) -> Future[None]:
+        return self._thread.submit(self._run, work, *args)
+
+    def _run(self, work: Callable[..., None], *args: Any) -> None:
+        try:
+            work(*args)
+        except Exception:
+            logger.exception("an output cannot be sent")
+            os._exit(1)
