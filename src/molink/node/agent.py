@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -121,9 +120,7 @@ class Agent:
 
     async def _probe(self, link: Link) -> None:
         while True:
-            self.send_control(
-                link.peer, Port.AGENT, to_agent.encode(to_agent.Ping(time.monotonic()))
-            )
+            self.send_control(link.peer, Port.AGENT, to_agent.encode(to_agent.Probe()))
             await asyncio.sleep(PROBE_INTERVAL_S)
 
     async def dial_peer(self, node: NodeId, address: str, identity: NodeIdentity) -> bool:
@@ -150,7 +147,9 @@ class Agent:
 
     def link_counters(self) -> list[LinkCounters]:
         return [
-            LinkCounters(peer, link.bytes_sent, link.bytes_received, len(link.queue), link.rtt_s)
+            LinkCounters(
+                peer, link.bytes_sent, link.bytes_received, len(link.queue), link.window.rtt_s
+            )
             for peer, link in self.switch.links.items()
         ]
 
@@ -214,14 +213,3 @@ class Agent:
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         """Handle a message of another node's agent."""
         raise NotImplementedError
-
-    def on_ping(self, node: NodeId, message: to_agent.Ping | to_agent.Pong) -> None:
-        """Answer a probe, unless the peer does not read; or take its measurement."""
-        link = self.switch.links.get(node)
-        if link is None:
-            return
-        if isinstance(message, to_agent.Pong):
-            link.rtt_s = time.monotonic() - message.sent_at
-        elif not link.queue.is_full:
-            answer = to_agent.encode(to_agent.Pong(message.sent_at))
-            self.send_control(node, Port.AGENT, answer)

@@ -43,8 +43,7 @@ from molink.wire.to_agent import (
     EngineFailed,
     EngineState,
     Notice,
-    Ping,
-    Pong,
+    Probe,
     RestartStage,
     Shutdown,
     StageUp,
@@ -270,8 +269,8 @@ class HeadAgent(Agent):
         if not self._coordinator.state.knows(node) and not isinstance(message, to_head.Hello):
             return
         match message:
-            case Ping() | Pong() as probe:
-                self.on_ping(node, probe)
+            case Probe():
+                pass
             case to_head.Hello() as hello:
                 self._hello(node, hello)
             case to_head.ModelChecked(config_hash=config_hash, revision=revision):

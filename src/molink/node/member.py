@@ -20,8 +20,7 @@ from molink.wire.to_agent import (
     Dial,
     Downloading,
     Notice,
-    Ping,
-    Pong,
+    Probe,
     Refused,
     RestartStage,
     Shutdown,
@@ -170,13 +169,11 @@ class MemberAgent(Agent):
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         if node != HEAD:
-            message = to_agent.decode(payload)
-            if isinstance(message, Ping | Pong):
-                self.on_ping(node, message)
+            to_agent.decode(payload)
             return
         match to_agent.decode(payload):
-            case Ping() | Pong() as probe:
-                self.on_ping(node, probe)
+            case Probe():
+                pass
             case Welcome() as welcome:
                 self.spawn(self._welcomed(welcome), is_vital=True)
             case Refused(reason=reason, is_usage=is_usage):

@@ -1,19 +1,22 @@
 """A link: frames between two agents over one bidirectional gRPC stream.
 
 The gRPC service has four methods and no generated code: `Enroll` (see node.enrolment), `Status`,
-`Tunnel` (see transport.tunnel) and `Link`. Every message of `Link` is one or more whole frames.
+`Tunnel` (see transport.tunnel) and `Link`, whose messages are in `transport.pieces`.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from molink.core.errors import LinkError, WireError
+from molink.core.errors import LinkError
 from molink.core.ids import NodeId
+from molink.transport import pieces
 from molink.transport.queue import FrameQueue
+from molink.transport.window import LARGEST_WINDOW, RECEIPT_INTERVAL_S, Receipt, Window
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Priority
 
 LINK_METHOD = "/molink.Agent/Link"
@@ -43,19 +46,24 @@ FrameHandler = Callable[["Link", FrameHeader, bytes], Awaitable[None] | None]
 
 
 class Link:
-    """One end of the stream to `peer`. Owns the queue in front of it; counts bytes and frames."""
+    """One end of the stream to `peer`. Owns the queue in front of it and what is in flight."""
 
     def __init__(self, peer: NodeId, stream: Any) -> None:
         self.peer = peer
-        self.queue = FrameQueue()
-        self.bytes_sent = 0
+        self.window = Window()
         self.bytes_received = 0
-        self.rtt_s: float | None = None  # seconds, latest probe
         self._stream = stream
+        self._wake = asyncio.Event()
+        self.queue = FrameQueue(self._wake.set)
+        self._intake = _Intake(self._wake.set)
         self._closed = asyncio.Event()
 
+    @property
+    def bytes_sent(self) -> int:
+        return self.window.sent
+
     def send(self, frame: bytes, priority: Priority) -> asyncio.Future[None] | None:
-        """Queue one frame; wait for a returned future before sending more."""
+        """Queue one frame; wait for a returned future before sending more of its class."""
         return self.queue.put(frame, priority)
 
     async def run(self, handle: FrameHandler) -> None:
@@ -82,6 +90,7 @@ class Link:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._intake.close()
             self.queue.close()
 
     def close(self) -> None:
@@ -102,31 +111,96 @@ class Link:
 
     async def _send_all(self) -> None:
         while True:
-            data = await self.queue.get()
-            await self._stream.write(data)
-            self.bytes_sent += len(data)
+            self._wake.clear()
+            data = self._next_message()
+            if data is None:
+                await self._wake.wait()
+            else:
+                await self._stream.write(data)
+
+    def _next_message(self) -> bytes | None:
+        """A receipt if one is due, or what waits in the queue if there is room in flight."""
+        now = time.monotonic()
+        if self._intake.is_due:
+            return self._intake.receipt(self.bytes_received, now)
+        if not self.window.has_room:
+            return None
+        data = self.queue.take(self.window.piece)
+        if data is None:
+            self.window.on_starved()
+        else:
+            self.window.on_sent(len(data), now)
+        return data
 
     async def _receive_all(self, handle: FrameHandler) -> None:
+        frames = pieces.Reassembly()
         while (data := await self._stream.read()) is not grpc.aio.EOF:
+            if data and data[0] == pieces.RECEIPT:
+                receipt, self.queue.paused = pieces.unpack_receipt(data)
+                self.window.on_receipt(receipt, time.monotonic())
+                self._wake.set()
+                continue
             self.bytes_received += len(data)
-            for header, frame in split(data):
+            self._intake.arrived(time.monotonic())
+            for header, frame in frames.take(data):
                 waiting = handle(self, header, frame)
                 if waiting is not None:
-                    await waiting
+                    await self._intake.pause(header.priority, waiting, len(frame))
 
 
-def split(data: bytes) -> Iterator[tuple[FrameHeader, bytes]]:
-    """The frames of one gRPC message.
+class _Intake:
+    """The receiving side's receipts: when one is due, and which classes it asks to pause.
 
-    Raises:
-        WireError: the bytes are not whole frames.
+    Args:
+        due: called when a receipt should leave.
     """
-    offset = 0
-    view = memoryview(data)
-    while offset < len(data):
-        header = FrameHeader.unpack(view[offset:])
-        end = offset + HEADER_SIZE + header.length
-        if end > len(data):
-            raise WireError("a frame is cut off")
-        yield header, data if end - offset == len(data) else data[offset:end]
-        offset = end
+
+    def __init__(self, due: Callable[[], None]) -> None:
+        self.is_due = False
+        self._due = due
+        self._arrived_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._full: dict[asyncio.Future[None], Priority] = {}
+        self._overrun = 0  # bytes handled of classes that are to pause
+
+    def arrived(self, now: float) -> None:
+        self._arrived_s = now
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(RECEIPT_INTERVAL_S, self._is_due_now)
+
+    def receipt(self, received: int, now: float) -> bytes:
+        self.is_due = False
+        receipt = Receipt(received, self._arrived_s, now - self._arrived_s)
+        return pieces.pack_receipt(receipt, set(self._full.values()))
+
+    async def pause(self, lane: Priority, room: Awaitable[None], size: int) -> None:
+        """Ask the peer to pause a class until there is room; other classes go on meanwhile.
+
+        Waits for room only if the peer goes on sending what it was asked to pause.
+        """
+        waiting = asyncio.ensure_future(room)
+        if lane not in self._full.values():
+            self._is_due_now()
+        self._full[waiting] = lane
+        waiting.add_done_callback(self._has_room)
+        self._overrun += size
+        if self._overrun > LARGEST_WINDOW:
+            await asyncio.wait(self._full)
+
+    def _has_room(self, waiting: asyncio.Future[None]) -> None:
+        lane = self._full.pop(waiting, None)
+        if lane is not None and lane not in self._full.values():
+            self._is_due_now()
+        if not self._full:
+            self._overrun = 0
+
+    def _is_due_now(self) -> None:
+        self.close()
+        self.is_due = True
+        self._due()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

@@ -1,4 +1,4 @@
-"""Frames: the unit of sending and of priority.
+"""Frames: pieces of messages, with a priority.
 
 A message is cut into frames by its sender and put together by its receiver; agents in between only
 read the header. There is one way to cut a message: every piece but the last holds MAX_PAYLOAD
@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 class Priority(IntEnum):
-    """Classes of the queue in front of a link; smaller goes first."""
+    """Classes of frames, each a lane of a link; smaller goes first."""
 
     CONTROL = 0
     DECODE = 1

@@ -126,14 +126,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class Ping(msgspec.Struct, frozen=True, tag=True):
-    """Answered at once by `Pong` with the same time; measures the round trip."""
+class Probe(msgspec.Struct, frozen=True, tag=True):
+    """Bytes that mean nothing: the link's receipts for them measure it."""
 
-    sent_at: float  # seconds, clock of the sender
-
-
-class Pong(msgspec.Struct, frozen=True, tag=True):
-    sent_at: float
+    filler: bytes = b""
 
 
 ToAgent = (
@@ -150,8 +146,7 @@ ToAgent = (
     | StageAssigned
     | RestartStage
     | Shutdown
-    | Ping
-    | Pong
+    | Probe
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -6,7 +6,7 @@ import msgspec
 
 from molink.wire import structs
 from molink.wire.structs import Seconds
-from molink.wire.to_agent import Downloading, Ping, Pong, StageCounters, StageUp
+from molink.wire.to_agent import Downloading, Probe, StageCounters, StageUp
 
 MAX_RANKS = 256  # of a stage: a frame's header has one byte for it
 
@@ -87,16 +87,7 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
 
 
 ToHead = (
-    Hello
-    | ModelChecked
-    | StageUp
-    | StageGone
-    | Leaving
-    | Dialled
-    | LinkLost
-    | NodeReport
-    | Ping
-    | Pong
+    Hello | ModelChecked | StageUp | StageGone | Leaving | Dialled | LinkLost | NodeReport | Probe
 )
 
 _encoder = msgspec.msgpack.Encoder()

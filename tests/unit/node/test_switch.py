@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from molink.core.errors import WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.node.switch import Switch
-from molink.transport.link import Link, split
+from molink.transport.link import Link
 from molink.transport.local_server import LocalPeer
+from molink.transport.pieces import Reassembly
 from molink.transport.queue import HIGH_WATER
+from molink.transport.window import LARGEST_PIECE
 from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind, Priority
 
 quick = settings(deadline=None, max_examples=100)
@@ -93,7 +95,8 @@ class Network:
         ]:
             for node, link in waiting:
                 there = self.switches[link.peer]
-                for header, frame in split(await link.queue.get()):
+                message = link.queue.take(LARGEST_PIECE) or b""
+                for header, frame in Reassembly().take(message):
                     there.from_link(there.links[node], header, frame)
         for switch in self.switches.values():
             for link in switch.links.values():
@@ -307,7 +310,7 @@ async def test_a_full_link_asks_its_source_to_wait_and_a_broken_one_lets_it_go(
     await asyncio.sleep(0)
     assert not wait.done()  # the other is still full
     while two.waiting_bytes > HIGH_WATER // 2:
-        await two.get()
+        two.take(LARGEST_PIECE)
     await asyncio.wait_for(wait, 1)
 
 

@@ -94,8 +94,8 @@ def test_foreign_bytes_are_a_wire_error(module: Any, data: bytes) -> None:
 @pytest.mark.parametrize(
     "payload",
     [
-        msgspec.msgpack.encode({"type": "Ping", "sent_at": 1.0})[:-9] + b"\x91" * 99_999,
-        b"\x82\xa4type\xa4Ping\xa1x" + b"\x91" * 99_999,  # an unknown field nested without end
+        msgspec.msgpack.encode({"type": "EngineFailed", "is_usage": 1.0})[:-9] + b"\x91" * 99_999,
+        b"\x82\xa4type\xa5Probe\xa1x" + b"\x91" * 99_999,  # an unknown field nested without end
         b"\x82\xa4type\xa4\xffing\xa7sent_at\x01",  # a tag that is not UTF-8
         b"\xdf\xff\xff\xff\xff",  # a map of four thousand million fields
     ],
@@ -111,7 +111,7 @@ def test_ways_to_trouble_a_decoder(payload: bytes) -> None:
     [
         (to_agent, to_head.LinkLost(3, "cut")),
         (to_head, to_agent.Shutdown("over")),
-        (to_engine, to_agent.Ping(1.0)),
+        (to_engine, to_agent.Probe()),
         (to_agent, to_engine.PipelineDown("lost")),
         (to_stage, to_engine.PipelineDown("lost")),
     ],
