@@ -115,9 +115,24 @@ def _show(view: ClusterView) -> None:
         times = f"{counters.compute_s:.1f}", f"{counters.waiting_s:.1f}"
         stages.add_row(str(stage.index), stage.node, stage.layers, str(counters.steps), *times)
     console.print(stages)
-    links = Table("from", "to", "MiB sent", "frames queued", "round trip ms", title="links")
+    console.print(_links_table(view))
+    for path in view.paths:
+        if path.way == "relayed":
+            console.print(f"{' and '.join(path.nodes)} cannot dial each other: the head relays")
+
+
+def _links_table(view: ClusterView) -> Table:
+    figures = ("Mbit/s", "round trip ms", "jitter ms", "loss")
+    links = Table("from", "to", "MiB sent", "KiB queued", *figures, title="links")
     for link in view.links:
-        rtt = "" if link.rtt_s is None else f"{link.rtt_s * 1e3:.2f}"
-        sent = f"{link.bytes_sent / (1 << 20):.2f}"
-        links.add_row(link.source, link.destination, sent, str(link.frames_queued), rtt)
-    console.print(links)
+        links.add_row(
+            link.source,
+            link.destination,
+            f"{link.bytes_sent / (1 << 20):.2f}",
+            f"{sum(link.bytes_queued.values()) / (1 << 10):.0f}",
+            "" if link.bytes_per_s is None else f"{link.bytes_per_s * 8e-6:.1f}",
+            "" if link.rtt_s is None else f"{link.rtt_s * 1e3:.2f}",
+            f"{link.jitter_s * 1e3:.2f}",
+            "" if link.loss is None else f"{link.loss:.2%}",
+        )
+    return links

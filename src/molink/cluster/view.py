@@ -1,11 +1,15 @@
 """What a cluster looks like from outside: `/cluster`, `molink status`, the metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from itertools import combinations
+from typing import Literal
 
 import msgspec
 
+from molink.cluster.path import Reports, link_between
 from molink.cluster.state import ClusterState, NodeRecord
 from molink.core.ids import NodeId
+from molink.wire.frames import Priority
 from molink.wire.to_agent import Downloading, StageCounters
 from molink.wire.to_head import LinkCounters, NodeReport
 
@@ -30,14 +34,27 @@ class StageView(msgspec.Struct, frozen=True):
     counters: StageCounters
 
 
-class LinkView(msgspec.Struct, frozen=True):
-    """One direction of a link, as counted by its sender."""
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """One direction of a link, as counted by its sender. None: not known."""
 
     source: str
     destination: str
     bytes_sent: int
     frames_queued: int
+    bytes_queued: dict[str, int]  # by class of frames
+    bytes_in_flight: int
+    window: int  # bytes that may be in flight
+    bytes_per_s: float | None
     rtt_s: float | None
+    jitter_s: float
+    loss: float | None  # share of TCP's segments
+
+
+class PathView(msgspec.Struct, frozen=True):
+    """How two connected nodes reach each other."""
+
+    nodes: tuple[str, str]
+    way: Literal["direct", "relayed", "unknown"]  # unknown: they have not tried
 
 
 class ClusterView(msgspec.Struct, frozen=True):
@@ -50,6 +67,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     nodes: list[NodeView]
     stages: list[StageView]
     links: list[LinkView]
+    paths: list[PathView] = []
 
 
 def make_view(
@@ -59,6 +77,7 @@ def make_view(
     serving: bool,
     steps_in_flight: int,
     reports: Mapping[NodeId, NodeReport],
+    undiallable: Set[frozenset[NodeId]],
 ) -> ClusterView:
     """Put the coordinator's state and the nodes' latest reports together."""
     stages = state.pipeline.stages if state.pipeline else ()
@@ -86,6 +105,10 @@ def make_view(
             for link in reports[node].links
             if state.knows(NodeId(link.peer))  # a node may still be linked to one of another time
         ],
+        paths=[
+            PathView((one.name, other.name), _way(one.id, other.id, reports, undiallable))
+            for one, other in combinations([n for n in state.nodes if n.is_connected], 2)
+        ],
     )
 
 
@@ -111,8 +134,24 @@ def _link_view(state: ClusterState, node: NodeId, link: LinkCounters) -> LinkVie
         destination=state.node(NodeId(link.peer)).name,
         bytes_sent=link.bytes_sent,
         frames_queued=link.frames_queued,
+        bytes_queued={
+            lane.name.lower(): size for lane, size in zip(Priority, link.bytes_queued, strict=False)
+        },
+        bytes_in_flight=link.bytes_in_flight,
+        window=link.window,
+        bytes_per_s=link.bytes_per_s,
         rtt_s=link.rtt_s,
+        jitter_s=link.jitter_s,
+        loss=link.loss,
     )
+
+
+def _way(
+    one: NodeId, other: NodeId, reports: Reports, undiallable: Set[frozenset[NodeId]]
+) -> Literal["direct", "relayed", "unknown"]:
+    if link_between(one, other, reports) or link_between(other, one, reports):
+        return "direct"
+    return "relayed" if frozenset((one, other)) in undiallable else "unknown"
 
 
 _decoder = msgspec.json.Decoder(ClusterView)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from molink.cluster.view import ClusterView
+from molink.cluster.view import ClusterView, LinkView
 
 
 class ClusterCollector(Collector):
@@ -54,13 +54,29 @@ def _link_metrics(view: ClusterView) -> Iterator[Metric]:
     queued = GaugeMetricFamily(
         "molink_link_frames_queued", "Frames that wait for a link", labels=labels
     )
-    rtt = GaugeMetricFamily(
-        "molink_link_round_trip_seconds", "Latest round trip between two agents", labels=labels
+    waiting = GaugeMetricFamily(
+        "molink_link_bytes_queued", "Bytes that wait for a link", labels=[*labels, "class"]
     )
     for link in view.links:
         values = [link.source, link.destination]
         sent.add_metric(values, link.bytes_sent)
         queued.add_metric(values, link.frames_queued)
-        if link.rtt_s is not None:
-            rtt.add_metric(values, link.rtt_s)
-    yield from (sent, queued, rtt)
+        for lane, size in link.bytes_queued.items():
+            waiting.add_metric([*values, lane], size)
+    yield from (sent, queued, waiting)
+    for name, (help_text, value) in _LINK_GAUGES.items():
+        gauge = GaugeMetricFamily(f"molink_link_{name}", help_text, labels=labels)
+        for link in view.links:
+            if (figure := value(link)) is not None:
+                gauge.add_metric([link.source, link.destination], figure)
+        yield gauge
+
+
+_LINK_GAUGES: dict[str, tuple[str, Callable[[LinkView], float | None]]] = {
+    "round_trip_seconds": ("Shortest round trip of late", lambda link: link.rtt_s),
+    "jitter_seconds": ("Mean change of the time under way", lambda link: link.jitter_s),
+    "bytes_per_second": ("What a link delivers when it is full", lambda link: link.bytes_per_s),
+    "bytes_in_flight": ("Bytes sent and not acknowledged", lambda link: link.bytes_in_flight),
+    "window_bytes": ("Most bytes that may be in flight", lambda link: link.window),
+    "loss_ratio": ("Share of TCP's segments that were sent again", lambda link: link.loss),
+}

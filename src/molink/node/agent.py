@@ -14,7 +14,7 @@ from molink.transport.identity import NodeIdentity
 from molink.transport.link import Link
 from molink.transport.local_server import LocalPeer
 from molink.transport.server import Dialled, dial
-from molink.wire import to_agent
+from molink.wire import to_agent, to_stage
 from molink.wire.frames import FrameHeader, Kind, Priority, cut
 from molink.wire.to_agent import Downloading, Notice, StageCounters, StageUp
 from molink.wire.to_head import LinkCounters
@@ -22,6 +22,9 @@ from molink.wire.to_head import LinkCounters
 logger = logging.getLogger("molink.agent")
 PEER_DIAL_TIMEOUT_S = 3.0
 PROBE_INTERVAL_S = 1.0
+PROBE_S, PROBE_BYTES = 1.0, 4 * 1024 * 1024  # most that measuring a new link may take
+PROBE_TURN_S, PROBE_FILLER = 0.005, 64 * 1024
+RATES_INTERVAL_S = 1.0
 STAGE_RESTARTS = 3  # in a row without a step
 
 
@@ -98,13 +101,13 @@ class Agent:
             for peer in list(peers.values()):
                 peer.close()
 
-    def send_control(self, node: NodeId, port: Port, payload: bytes) -> None:
+    def send_control(
+        self, node: NodeId, port: Port, payload: bytes, priority: Priority = Priority.CONTROL
+    ) -> None:
         """Send a control message to a process of any node of the cluster."""
         source = Address(self.node, Port.AGENT)
         view = memoryview(payload)
-        for header, pieces in cut(
-            Kind.CONTROL, Priority.CONTROL, source, Address(node, port), [view]
-        ):
+        for header, pieces in cut(Kind.CONTROL, priority, source, Address(node, port), [view]):
             self.switch.forward(FrameHeader.unpack(header), b"".join([header, *pieces]))
 
     async def run_link(self, link: Link) -> None:
@@ -119,9 +122,33 @@ class Agent:
                 del self.switch.links[link.peer]
 
     async def _probe(self, link: Link) -> None:
+        """Measure a new link with bytes that matter least, then keep its figures fresh."""
+        probe = to_agent.encode(to_agent.Probe())
+        self.send_control(link.peer, Port.AGENT, probe)
+        await self._fill(link)
         while True:
-            self.send_control(link.peer, Port.AGENT, to_agent.encode(to_agent.Probe()))
             await asyncio.sleep(PROBE_INTERVAL_S)
+            self.send_control(link.peer, Port.AGENT, probe)
+
+    async def _fill(self, link: Link) -> None:
+        """Give a link as much to do as it can, while nothing else waits for it."""
+        filler = to_agent.encode(to_agent.Probe(bytes(PROBE_FILLER)))
+        clock, left = asyncio.get_running_loop().time, PROBE_BYTES
+        until = clock() + PROBE_S
+        while left > 0 and clock() < until:
+            backlog = max((link.window.bytes_per_s or 0.0) * 4 * PROBE_TURN_S, PROBE_FILLER)
+            while left > 0 and link.queue.waiting_bytes < backlog:
+                self.send_control(link.peer, Port.AGENT, filler, Priority.BULK)
+                left -= len(filler)
+            await asyncio.sleep(PROBE_TURN_S)
+
+    async def tell_rates(self) -> None:
+        """Tell the node's stage, for ever, how fast links carry what it sends."""
+        while True:
+            await asyncio.sleep(RATES_INTERVAL_S)
+            rates = {peer: link.window.bytes_per_s for peer, link in self.switch.links.items()}
+            known = {int(peer): rate for peer, rate in rates.items() if rate is not None}
+            self.send_control(self.node, Port.STAGE, to_stage.encode(to_stage.LinkRates(known)))
 
     async def dial_peer(self, node: NodeId, address: str, identity: NodeIdentity) -> bool:
         """Try to link directly to another node; False if it cannot be dialled."""
@@ -146,12 +173,7 @@ class Agent:
         """A direct link to another node ended."""
 
     def link_counters(self) -> list[LinkCounters]:
-        return [
-            LinkCounters(
-                peer, link.bytes_sent, link.bytes_received, len(link.queue), link.window.rtt_s
-            )
-            for peer, link in self.switch.links.items()
-        ]
+        return [_counters(link) for link in self.switch.links.values()]
 
     # What arrives
 
@@ -213,3 +235,20 @@ class Agent:
     def on_remote(self, node: NodeId, payload: bytes) -> None:
         """Handle a message of another node's agent."""
         raise NotImplementedError
+
+
+def _counters(link: Link) -> LinkCounters:
+    window = link.window
+    return LinkCounters(
+        peer=link.peer,
+        bytes_sent=link.bytes_sent,
+        bytes_received=link.bytes_received,
+        frames_queued=len(link.queue),
+        bytes_queued=link.queue.waiting,
+        bytes_in_flight=window.in_flight,
+        window=window.size,
+        bytes_per_s=window.bytes_per_s,
+        rtt_s=window.rtt_s,
+        jitter_s=window.jitter_s,
+        loss=link.tcp.loss if link.tcp else None,
+    )

@@ -35,6 +35,7 @@ class Deployment:
         self._http = http
         self._dials: dict[tuple[NodeId, NodeId], asyncio.Future[bool]] = {}
         self._trouble = ""
+        self.undiallable: set[frozenset[NodeId]] = set()  # pairs that tried and could not
         self.pipeline: Pipeline | None = None
         self.assigned: PipelineAssigned | None = None
         self.unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
@@ -116,7 +117,9 @@ class Deployment:
         for dialler, other in ((first, second), (second, first)):
             address = self._coordinator.state.node(other).address
             if address is not None and await self._ask_to_dial(dialler, other, address):
+                self.undiallable.discard(frozenset((first, second)))
                 return
+        self.undiallable.add(frozenset((first, second)))
         names = (self._coordinator.state.node(node).name for node in (first, second))
         self._voice.say(f"{' and '.join(names)} cannot dial each other; the head relays")
 

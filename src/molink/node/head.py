@@ -13,6 +13,7 @@ import msgspec
 from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
+from molink.cluster.path import measured_hops
 from molink.cluster.state import Role
 from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
@@ -49,6 +50,7 @@ from molink.wire.to_agent import (
     StageUp,
     Welcome,
 )
+from molink.wire.to_engine import PathMeasured
 
 VIEW_INTERVAL_S = 1.0
 
@@ -131,6 +133,7 @@ class HeadAgent(Agent):
             await self._stage.restart(self._settings.stage)
         self.spawn(self._settle_forever(), is_vital=True)
         self.spawn(self._publish_views(), is_vital=True)
+        self.spawn(self.tell_rates())
         try:
             return await self._ending
         finally:
@@ -385,23 +388,34 @@ class HeadAgent(Agent):
             http=self._settings.http,
             serving=self._deployment.serving,
             steps_in_flight=self._deployment.steps_in_flight,
-            reports=self._reports | {HEAD: self._own_report()},
+            reports=self._all_reports(),
+            undiallable=self._deployment.undiallable,
         )
 
     def _view_json(self) -> bytes:
         return msgspec.json.encode(self.view())
 
-    def _own_report(self) -> to_head.NodeReport:
-        return to_head.NodeReport(
+    def _all_reports(self) -> dict[NodeId, to_head.NodeReport]:
+        own = to_head.NodeReport(
             self.stage_counters.get(0, to_agent.StageCounters()),
             self.link_counters(),
             self.download,
         )
+        return self._reports | {HEAD: own}
 
     async def _publish_views(self) -> None:
         while True:
             self.publish_view()
+            self._tell_path()
             await asyncio.sleep(VIEW_INTERVAL_S)
+
+    def _tell_path(self) -> None:
+        assigned = self._deployment.assigned
+        if assigned is not None and not self._deployment.is_down:
+            nodes = [NodeId(stage.node) for stage in assigned.stages]
+            hops = measured_hops(nodes, self._all_reports())
+            message = to_engine.encode(PathMeasured(assigned.epoch, hops))
+            self.send_control(HEAD, Port.ENGINE, message)
 
     def publish_view(self) -> None:
         message = to_engine.ClusterView(self._view_json())

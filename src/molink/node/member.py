@@ -79,6 +79,7 @@ class MemberAgent(Agent):
         self._listen_port = await self._server.start(self._settings.listen, credentials)
         self.spawn(self._follow_head(), is_vital=True)
         self.spawn(self._report())
+        self.spawn(self.tell_rates())
         farewell = "the node was stopped"
         try:
             return await self._ending

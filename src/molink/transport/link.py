@@ -16,6 +16,7 @@ from molink.core.errors import LinkError
 from molink.core.ids import NodeId
 from molink.transport import pieces
 from molink.transport.queue import FrameQueue
+from molink.transport.tcp import TcpSocket
 from molink.transport.window import LARGEST_WINDOW, RECEIPT_INTERVAL_S, Receipt, Window
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Priority
 
@@ -48,8 +49,9 @@ FrameHandler = Callable[["Link", FrameHeader, bytes], Awaitable[None] | None]
 class Link:
     """One end of the stream to `peer`. Owns the queue in front of it and what is in flight."""
 
-    def __init__(self, peer: NodeId, stream: Any) -> None:
+    def __init__(self, peer: NodeId, stream: Any, tcp: TcpSocket | None = None) -> None:
         self.peer = peer
+        self.tcp = tcp
         self.window = Window()
         self.bytes_received = 0
         self._stream = stream

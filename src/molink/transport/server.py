@@ -25,6 +25,7 @@ from molink.transport.link import (
     TUNNEL_METHOD,
     Link,
 )
+from molink.transport.tcp import accepted_from, opened_since, tcp_sockets
 from molink.transport.token import JoinToken
 
 SERVICE = "molink.Agent"
@@ -144,8 +145,9 @@ class LinkServer:
 
     async def _link(self, _: Any, context: Any) -> None:
         identity = await self._identify(context)
-        link = Link(identity.node, context)
-        accepted = Accepted(link, identity, _host_of(context.peer()))
+        host, port = _address_of(context.peer())
+        link = Link(identity.node, context, accepted_from(host, port))
+        accepted = Accepted(link, identity, host)
         accepting = self._watch(self._accept(accepted))
         try:
             await asyncio.shield(accepting)
@@ -172,10 +174,10 @@ class LinkServer:
             raise
 
 
-def _host_of(peer: str) -> str:
-    """`ipv4:10.0.0.7:41234` -> `10.0.0.7`; gRPC writes IPv6 as `ipv6:%5B::1%5D:41234`."""
-    address = peer.partition(":")[2].rpartition(":")[0]
-    return address.replace("%5B", "[").replace("%5D", "]")
+def _address_of(peer: str) -> tuple[str, int]:
+    """`ipv4:10.0.0.7:41234` -> `10.0.0.7`, 41234; IPv6 is written `ipv6:%5B::1%5D:41234`."""
+    host, _, port = peer.partition(":")[2].rpartition(":")
+    return host.replace("%5B", "[").replace("%5D", "]"), int(port)
 
 
 class Dialled(NamedTuple):
@@ -191,9 +193,11 @@ async def dial(address: str, identity: NodeIdentity, node: NodeId, timeout_s: fl
     Raises:
         LinkError: it cannot be reached in time or is somebody else; says why.
     """
+    before = tcp_sockets()
     channel = await _connect(address, identity, node, timeout_s)
+    tcp = opened_since(before, int(address.rpartition(":")[2]))
     call: Any = channel.stream_stream(LINK_METHOD)()
-    return Dialled(Link(node, call), channel)
+    return Dialled(Link(node, call, tcp), channel)
 
 
 async def enroll(address: str, token: JoinToken, request: bytes, timeout_s: float) -> bytes:

@@ -11,6 +11,8 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 """Refuses NaN and infinity too, which JSON cannot say."""
 Rate = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
 """Bytes a second; refuses the same."""
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
 def decode(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray | memoryview) -> T:

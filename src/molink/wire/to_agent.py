@@ -6,9 +6,7 @@ import msgspec
 
 from molink.core.cluster import Resources
 from molink.wire import structs
-from molink.wire.structs import Seconds
-
-Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+from molink.wire.structs import Bytes, Seconds
 
 # From the node's own processes
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import msgspec
 
 from molink.wire import structs
-from molink.wire.structs import Seconds
+from molink.wire.structs import Bytes, Rate, Seconds, Share
 from molink.wire.to_agent import Downloading, Probe, StageCounters, StageUp
 
 MAX_RANKS = 256  # of a stage: a frame's header has one byte for it
@@ -68,14 +68,20 @@ class LinkLost(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-class LinkCounters(msgspec.Struct, frozen=True):
-    """One link as seen from one end."""
+class LinkCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """One link as seen from one end, and what leaves from there. None: not known."""
 
     peer: int
-    bytes_sent: int
-    bytes_received: int
+    bytes_sent: Bytes
+    bytes_received: Bytes
     frames_queued: int
-    rtt_s: Seconds | None
+    bytes_queued: Annotated[list[Bytes], msgspec.Meta(max_length=8)]  # by class of frames
+    bytes_in_flight: Bytes
+    window: Bytes  # most that may be in flight
+    bytes_per_s: Rate | None  # that the link delivers
+    rtt_s: Seconds | None  # shortest of late
+    jitter_s: Seconds
+    loss: Share | None  # of TCP's segments, as far as TCP noticed
 
 
 class NodeReport(msgspec.Struct, frozen=True, tag=True):

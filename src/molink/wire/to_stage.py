@@ -107,7 +107,7 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True):
 class LinkRates(msgspec.Struct, frozen=True, tag=True):
     """What leaves the node how fast, once a second from its own agent (`Kind.CONTROL`)."""
 
-    bytes_per_s: dict[int, Rate]  # by node; one that is relayed to has the rate of its way
+    bytes_per_s: dict[int, Rate]  # by linked node; others are reached through the head, node 0
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -4,23 +4,25 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from tests.links import make_link
 
 from molink.cluster.view import decode_view, make_view
 from molink.core.ids import HEAD, NodeId
 from molink.wire.to_agent import Downloading, StageCounters
-from molink.wire.to_head import LinkCounters, NodeReport
+from molink.wire.to_head import NodeReport
 
 
 def test_a_link_to_a_node_that_nobody_knows_is_left_out(make_cluster: Callable[..., Any]) -> None:
     cluster = make_cluster(2)
     beta = cluster.ready("beta")
-    links = [LinkCounters(peer, 10, 20, 0, 0.5) for peer in (HEAD, NodeId(99))]
+    links = [make_link(peer) for peer in (HEAD, NodeId(99))]
     view = make_view(
         cluster.state,
         http="http://127.0.0.1:8080",
         serving=False,
         steps_in_flight=0,
         reports={beta: NodeReport(StageCounters(), links)},
+        undiallable=set(),
     )
     assert [(link.source, link.destination) for link in view.links] == [("beta", "alpha")]
     assert decode_view(msgspec.json.encode(view)) == view
@@ -36,6 +38,33 @@ def test_a_download_is_shown_with_its_node(make_cluster: Callable[..., Any]) -> 
         serving=False,
         steps_in_flight=0,
         reports={beta: NodeReport(StageCounters(), [], download)},
+        undiallable=set(),
     )
     assert {node.name: node.download for node in view.nodes} == {"alpha": None, "beta": download}
+    assert decode_view(msgspec.json.encode(view)) == view
+
+
+def test_how_every_two_nodes_reach_each_other(make_cluster: Callable[..., Any]) -> None:
+    cluster = make_cluster(3)
+    beta, gamma, delta = (cluster.ready(name) for name in ("beta", "gamma", "delta"))
+    reports = {
+        HEAD: NodeReport(StageCounters(), [make_link(node) for node in (beta, gamma, delta)]),
+        gamma: NodeReport(StageCounters(), [make_link(delta)]),
+    }
+    view = make_view(
+        cluster.state,
+        http="http://127.0.0.1:8080",
+        serving=False,
+        steps_in_flight=0,
+        reports=reports,
+        undiallable={frozenset((beta, gamma)), frozenset((gamma, delta))},
+    )
+    assert {path.nodes: path.way for path in view.paths} == {
+        ("alpha", "beta"): "direct",
+        ("alpha", "gamma"): "direct",
+        ("alpha", "delta"): "direct",
+        ("beta", "gamma"): "relayed",
+        ("beta", "delta"): "unknown",
+        ("gamma", "delta"): "direct",
+    }
     assert decode_view(msgspec.json.encode(view)) == view

@@ -1,5 +1,7 @@
 """The cluster's metrics as Prometheus reads them."""
 
+from typing import Any
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -7,6 +9,24 @@ from prometheus_client.parser import text_string_to_metric_families
 from molink.cluster.view import ClusterView, LinkView, StageView
 from molink.gateway.metrics import ClusterCollector
 from molink.wire.to_agent import StageCounters
+
+MEASURED = {"rtt_s": 0.002, "jitter_s": 0.001, "bytes_per_s": 1.25e6, "loss": 0.01}
+QUEUED = {"control": 0, "decode": 0, "prefill": 700, "bulk": 0}
+
+
+def make_link_view(source: str, destination: str, **changes: Any) -> LinkView:
+    nothing: dict[str, Any] = {
+        "bytes_sent": 0,
+        "frames_queued": 0,
+        "bytes_queued": QUEUED,
+        "bytes_in_flight": 300,
+        "window": 400,
+        "bytes_per_s": None,
+        "rtt_s": None,
+        "jitter_s": 0.0,
+        "loss": None,
+    }
+    return LinkView(source=source, destination=destination, **nothing | changes)
 
 
 def view(**changes: object) -> ClusterView:
@@ -23,8 +43,8 @@ def view(**changes: object) -> ClusterView:
             StageView(1, 'b"e\\ta', "4:8", 1, StageCounters(9, 2.5, 0.5)),
         ],
         "links": [
-            LinkView("alpha", "beta", 1000, 3, 0.002),
-            LinkView("beta", "alpha", 2000, 0, None),
+            make_link_view("alpha", "beta", bytes_sent=1000, frames_queued=3, **MEASURED),
+            make_link_view("beta", "alpha", bytes_sent=2000),
         ],
     }
     return ClusterView(**(values | changes))  # type: ignore[arg-type]
@@ -64,7 +84,7 @@ def test_every_stage_has_its_counters_whatever_its_node_is_called() -> None:
     assert scrape.values("molink_stage_waiting_seconds_total", **beta) == [0.5]
 
 
-def test_every_link_has_its_counters_and_its_round_trip_once_it_is_known() -> None:
+def test_every_link_has_its_counters_and_its_figures_once_they_are_known() -> None:
     scrape = Scrape(view())
     there = {"source": "alpha", "destination": "beta"}
     back = {"source": "beta", "destination": "alpha"}
@@ -72,4 +92,12 @@ def test_every_link_has_its_counters_and_its_round_trip_once_it_is_known() -> No
     assert scrape.values("molink_link_bytes_total", **back) == [2000]
     assert scrape.values("molink_link_frames_queued", **there) == [3]
     assert scrape.values("molink_link_round_trip_seconds", **there) == [0.002]
-    assert scrape.values("molink_link_round_trip_seconds", **back) == []
+    assert scrape.values("molink_link_jitter_seconds", **there) == [0.001]
+    assert scrape.values("molink_link_bytes_per_second", **there) == [1.25e6]
+    assert scrape.values("molink_link_loss_ratio", **there) == [0.01]
+    assert scrape.values("molink_link_bytes_in_flight", **there) == [300]
+    assert scrape.values("molink_link_window_bytes", **there) == [400]
+    prefill = there | {"class": "prefill"}
+    assert scrape.values("molink_link_bytes_queued", **prefill) == [700]
+    for name in ("round_trip_seconds", "bytes_per_second", "loss_ratio"):
+        assert scrape.values(f"molink_link_{name}", **back) == []
