@@ -36,13 +36,17 @@ class Coder:
         self._link_rate = link_rate
         self._thread = InOrder("coding")
         self._last: Future[None] | None = None  # whose message must leave first
+        self._codes = False  # large messages, now
         self._num_messages = 0  # that were large enough to code
         self.figures: CodingFigures | None = None
 
     def __call__(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
         """Send a step's tensors; their memory may be written again at once."""
         is_large = sum(tensor.nbytes for tensor in tensors.values()) >= MIN_BYTES
-        if self._wants(is_large):
+        if is_large and self._wants() != self._codes:
+            self._codes = not self._codes
+            logger.info("outputs are coded: %s; %s", self._codes, self.figures)
+        if is_large and self._codes:
             self._last = self._thread.submit(self._send_coded, step, split(tensors))
         elif self._last is not None and not self._last.done():
             copies = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -52,9 +56,9 @@ class Coder:
         if is_large and self._mode == "auto":
             self._plan_trial(tensors)
 
-    def _wants(self, is_large: bool) -> bool:
+    def _wants(self) -> bool:
         if self._mode == "auto":
-            return is_large and pays(self.figures, self._link_rate())
+            return pays(self.figures, self._link_rate())
         return self._mode == "on"
 
     def _send_coded(self, step: StepId, tensors: list[Planes]) -> None:

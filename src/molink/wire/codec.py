@@ -1,10 +1,11 @@
 """Trees of Python values to bytes and back, over a closed registry of types.
 
-The bytes are MessagePack. None, bool, int, float, str and bytes stand for themselves and an array
-is a list; every other value is a map of one entry, `{tag: [part, ...]}`, where the tag names a
-registered type. Decoding makes registered types only, by setting their declared fields on a bare
-instance: a dataclass or struct comes back as it was, without its `__init__` or `__post_init__`
-running, and nothing is imported. Fields get whatever types were sent; only their number is checked.
+The bytes are MessagePack, deflated if that pays (`wire.deflated`). None, bool, int, float, str and
+bytes stand for themselves and an array is a list; every other value is a map of one entry, `{tag:
+[part, ...]}`, where the tag names a registered type. Decoding makes registered types only, by
+setting their declared fields on a bare instance: a dataclass or struct comes back as it was,
+without its `__init__` or `__post_init__` running, and nothing is imported. Fields get whatever
+types were sent; only their number is checked.
 
 msgspec 0.22 keeps memory in proportion to the input: it does not believe a declared length.
 """
@@ -21,6 +22,7 @@ import msgspec
 import numpy as np
 
 from molink.core.errors import WireError
+from molink.wire.deflated import grow, shrink
 
 MAX_DEPTH: Final = 96
 """Levels of nesting. vLLM accepts JSON schemas of 64 levels, which travel inside other values."""
@@ -160,7 +162,7 @@ class Codec:
             CodecError: an int beyond 64 bits, text that is not Unicode, nesting beyond MAX_DEPTH.
         """
         try:
-            return _ENCODER.encode(self._pack(value, 0))
+            return shrink(_ENCODER.encode(self._pack(value, 0)))
         except RecursionError as error:
             raise CodecError(f"cannot encode: nested deeper than {MAX_DEPTH} levels") from error
         except (CodecError, *_FAILURES) as error:
@@ -177,10 +179,10 @@ class Codec:
             CodecError: `data` is anything else; nothing was executed.
         """
         try:
-            return self._unpack(_DECODER.decode(data), 0)
+            return self._unpack(_DECODER.decode(grow(data)), 0)
         except RecursionError as error:
             raise CodecError(f"cannot decode: nested deeper than {MAX_DEPTH} levels") from error
-        except (CodecError, *_FAILURES) as error:
+        except (WireError, *_FAILURES) as error:
             raise CodecError(f"cannot decode: {error}") from error
 
     def _pack(self, value: Any, depth: int) -> Any:

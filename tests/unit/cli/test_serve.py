@@ -54,6 +54,9 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "words"),
     [
         (["--nodes", "0"], "--nodes"),
+        (["--nodes", "2", "--wire-dtype", "int4"], "'int4' is not one of 'auto', 'int8', 'fp8'"),
+        (["--nodes", "2", "--wire-sum", "yes"], "'yes' is not one of 'auto', 'on', 'off'"),
+        (["--nodes", "2", "--wire-coding", "zstd"], "'zstd' is not one of 'auto', 'on', 'off'"),
         (["--port", "0"], "--port"),
         (["--port", "65536"], "--port"),
         (["--port", "http"], "--port"),
