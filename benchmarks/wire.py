@@ -4,8 +4,9 @@ Bytes, codec times and the error of the activations are measured in this process
 the 88 M model, whose width is that of a small real one, and with made-up activations of which a few
 channels are far above the others. What becomes of answers is measured on real clusters of two
 stages that serve the bundled model, which is trained, in bfloat16; beside them stands the same
-cluster asked one question at a time, since a change of batch size changes tokens too. Prints
-tables, writes JSON, asserts nothing.
+cluster asked one question at a time, since a change of batch size may change tokens too, and one
+that computes in float32, to show what rounding to bfloat16 does everywhere else. Prints tables,
+writes JSON, asserts nothing.
 
     python benchmarks/wire.py [--quick] [--json FILE]
 """
@@ -24,6 +25,7 @@ from wire_formats import FORMATS, TIMES, formats_of, outlier_losses
 from wire_tokens import Examiner, start
 
 FLOOR = "both, one question at a time"
+FLOAT32 = "both, all computed in float32"
 
 
 class Benchmark:
@@ -48,19 +50,22 @@ class Benchmark:
 
     def _answers(self, found: dict[str, Any]) -> None:
         subject = existing(BUNDLED)
-        for form in FORMATS:
-            if form.is_coded and form.hop.has_sum:
-                continue  # coding loses nothing, which one format shows
-            self._say(f"two stages: {form.name}")
-            with start(form.name, subject, form.flags) as cluster:
+        # Coding loses nothing, which one format shows.
+        flags = {
+            form.name: form.flags for form in FORMATS if not (form.is_coded and form.hop.has_sum)
+        }
+        flags[FLOAT32] = (*FORMATS[0].flags, "--dtype=float32")
+        for name, of_format in flags.items():
+            self._say(f"two stages: {name}")
+            with start(name, subject, of_format) as cluster:
                 examiner = Examiner(cluster.url, subject)
                 if not found:
                     plain = examiner.answers()
                     read = examiner.reads(plain)
                     alone = examiner.reads(plain, concurrency=1)
                     found[FLOOR] = examiner.answers(1).unlike(plain) | alone.beside(read)
-                found[form.name] = examiner.answers().unlike(plain)
-                found[form.name] |= examiner.reads(plain).beside(read)
+                found[name] = examiner.answers().unlike(plain)
+                found[name] |= examiner.reads(plain).beside(read)
 
 
 def formats_table(formats: Mapping[str, Mapping[str, float]]) -> Table:

@@ -70,4 +70,4 @@ def test_eight_bits_change_little(kind: str, most: float, plain: Heard) -> None:
 
 @pytest.mark.parametrize("case", [TWO_STAGES], indirect=True)
 def test_in_float32_the_sum_crosses(pipeline: Cluster) -> None:
-    assert "input comes in torch.float32, as a sum: True" in logs_of_stages(pipeline)
+    assert "input comes in float32, as a sum: True" in logs_of_stages(pipeline)

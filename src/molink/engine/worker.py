@@ -23,6 +23,7 @@ from molink.engine.hop_format import HopFormat, check_device
 from molink.engine.objections import in_one_line
 from molink.engine.residual import uses_only_the_sum
 from molink.engine.senders import sender_for
+from molink.engine.types import dtype_name
 from molink.wire.to_stage import LoadStage
 
 logger = logging.getLogger("molink.stage")
@@ -94,11 +95,7 @@ class StageWorker:
             )
 
     def _agreed_format(self, config: VllmConfig) -> HopFormat:
-        """What this stage takes as its input.
-
-        A sum is exact in float32. In fewer bits some of vLLM's norms add without rounding, so there
-        it is the user's choice; eight bits round more than that.
-        """
+        """What this stage takes as its input."""
         if self.index == 0:
             return HopFormat()
         runner = self._worker.worker.model_runner
@@ -107,13 +104,11 @@ class StageWorker:
         ).tensors
         row_bytes = sum(tensor.nbytes for tensor in one_row.values())
         self._max_input = runner.max_num_tokens * row_bytes
-        eight_bits, dtype = self._wire.eight_bits, config.model_config.dtype
-        is_wanted = self._wire.sum == "on" or (
-            self._wire.sum == "auto" and (eight_bits is not None or dtype == torch.float32)
-        )
-        has_sum = is_wanted and uses_only_the_sum(runner.model, config, one_row)
+        dtype = dtype_name(config.model_config.dtype)
+        has_sum = self._wire.wants_sum(dtype) and uses_only_the_sum(runner.model, config, one_row)
         if self._wire.sum == "on" and not has_sum:
-            logger.warning("--wire-sum on: the layers of this model use more than a sum")
+            logger.warning("--wire-sum on changes nothing: the layers of this model take no sum")
+        eight_bits = self._wire.eight_bits
         logger.info("input comes in %s, as a sum: %s", eight_bits or dtype, has_sum)
         return HopFormat(eight_bits, has_sum)
 

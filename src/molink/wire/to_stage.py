@@ -79,6 +79,16 @@ class WireFormat(msgspec.Struct, frozen=True, kw_only=True):
     def eight_bits(self) -> str | None:
         return None if self.dtype == "auto" else self.dtype
 
+    def wants_sum(self, dtype: str) -> bool:
+        """Whether a model that computes in `dtype` should send a sum, if its layers allow it.
+
+        By default where it is exact, and where eight bits round more than it does. In 16 bits some
+        of vLLM's norms add without rounding, so there it is the user's choice.
+        """
+        if self.sum == "auto":
+            return dtype == "float32" or self.eight_bits is not None
+        return self.sum == "on"
+
     @classmethod
     def from_json(cls, text: str) -> "WireFormat":
         return msgspec.json.decode(text, type=cls)

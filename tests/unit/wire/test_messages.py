@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from molink.core.errors import WireError
 from molink.wire import to_agent, to_engine, to_head, to_stage
-from molink.wire.to_stage import WORKER_CALLS
+from molink.wire.to_stage import WORKER_CALLS, WireDtype, WireFormat, WireSum
 
 quick = settings(deadline=None, max_examples=15)
 
@@ -145,3 +145,23 @@ def test_enrolment_comes_back(request: to_head.EnrollRequest, reply: to_head.Enr
 def test_a_stage_answers_public_methods_only() -> None:
     assert all(name.isidentifier() and not name.startswith("_") for name in WORKER_CALLS)
     assert not {"load_model", "execute_model", "apply_model"} & WORKER_CALLS
+
+
+@pytest.mark.parametrize(
+    ("choice", "wire_dtype", "dtype", "expected"),
+    [
+        ("auto", "auto", "float32", True),  # exact
+        ("auto", "auto", "bfloat16", False),
+        ("auto", "auto", "float16", False),
+        ("auto", "int8", "bfloat16", True),  # rounded anyway
+        ("auto", "fp8", "float16", True),
+        ("on", "auto", "bfloat16", True),
+        ("off", "fp8", "float32", False),
+    ],
+)
+def test_when_a_sum_is_wanted(
+    choice: WireSum, wire_dtype: WireDtype, dtype: str, expected: bool
+) -> None:
+    wire = WireFormat(sum=choice, dtype=wire_dtype)
+    assert wire.wants_sum(dtype) == expected
+    assert WireFormat.from_json(wire.to_json()) == wire
