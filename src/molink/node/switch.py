@@ -9,7 +9,7 @@ from molink.core.errors import WireError
 from molink.core.ids import EVERY_STAGE, HEAD, NodeId, Port
 from molink.transport.link import Link
 from molink.transport.local_server import LocalPeer
-from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind
+from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind, Priority
 
 ControlHandler = Callable[[FrameHeader, bytes], None]
 
@@ -33,7 +33,8 @@ class Switch:
         self, peer: LocalPeer, header: FrameHeader, frame: bytes
     ) -> Awaitable[None] | None:
         """Handle a frame of a process on this node."""
-        self.local.setdefault(header.source.port, {})[header.rank] = peer
+        if header.priority < Priority.PREFILL:  # those come over a socket that nobody reads
+            self.local.setdefault(header.source.port, {})[header.rank] = peer
         return self.forward(header, frame)
 
     def from_link(self, link: Link, header: FrameHeader, frame: bytes) -> Awaitable[None] | None:

@@ -2,7 +2,8 @@
 
 A unix stream socket in a folder only the user can enter. Sending tries once without blocking and
 leaves the rest to a thread, so that a stage computes its next step while its output still leaves;
-end of file means that the agent is gone.
+end of file means that the agent is gone. Prefill and bulk have a socket of their own, which the
+agent may leave unread while their lane of a link is full.
 """
 
 import contextlib
@@ -33,17 +34,13 @@ class LocalSocket:
     def __init__(self, path: Path, address: Address, rank: int = 0) -> None:
         self.address = address
         self.rank = rank
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-        try:
-            self._socket.connect(str(path))
-        except OSError as error:
-            self._socket.close()
-            raise LinkError(f"no local agent at {path}: {error}") from error
+        self._path = path
+        self._socket = _connect(path)
         self._assembler = Assembler(MAX_UNFINISHED)
         self._header = bytearray(HEADER_SIZE)
         self._outbox = _Outbox(self._socket)
+        self._slow: _Outbox | None = None
+        self._opening = threading.Lock()
 
     def send(
         self,
@@ -74,7 +71,16 @@ class LocalSocket:
         ):
             pieces.append(memoryview(header))
             pieces.extend(piece)
-        self._outbox.send(pieces)
+        outbox = self._outbox if priority < Priority.PREFILL else self._slow_outbox()
+        if outbox is not None:
+            outbox.send(pieces)
+
+    def _slow_outbox(self) -> "_Outbox | None":
+        with self._opening:
+            if self._slow is None:
+                with contextlib.suppress(LinkError):  # `receive` says that the agent is gone
+                    self._slow = _Outbox(_connect(self._path))
+            return self._slow
 
     def receive(self) -> Message:
         """The next whole message; blocks.
@@ -103,14 +109,26 @@ class LocalSocket:
 
     def close(self) -> None:
         """Wake a blocked `receive`, which raises LinkError; what has not left yet is dropped."""
-        with contextlib.suppress(OSError):  # the other end was faster
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._outbox.close()
-        self._socket.close()
+        with self._opening:
+            for outbox in (self._outbox, self._slow):
+                if outbox is not None:
+                    outbox.close()
+
+
+def _connect(path: Path) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+    try:
+        made.connect(str(path))
+    except OSError as error:
+        made.close()
+        raise LinkError(f"no local agent at {path}: {error}") from error
+    return made
 
 
 class _Outbox:
-    """Sends at once what the kernel takes at once; a thread sends what is left, in order."""
+    """Owns a socket. Sends what the kernel takes at once; a thread sends what is left, in order."""
 
     def __init__(self, target: socket.socket) -> None:
         self._socket = target
@@ -157,10 +175,13 @@ class _Outbox:
                 self._pending.extendleft(reversed(rest))
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # the other end was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._socket.close()
 
 
 def _after(pieces: list[memoryview], count: int) -> list[memoryview]:

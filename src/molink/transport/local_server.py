@@ -14,11 +14,11 @@ LostHandler = Callable[["LocalPeer"], None]
 
 
 class LocalPeer(asyncio.BufferedProtocol):
-    """A local process, whose first frame says its port and rank for good.
+    """A socket of a local process, whose first frame says its port and rank for good.
 
     Args:
         handle: called with every frame; may return an awaitable, until which reading pauses.
-        lost: called once when the process is gone.
+        lost: called once when it is closed.
     """
 
     port: Port | None = None

@@ -55,15 +55,14 @@ def make(
     destination: Address,
     *,
     kind: Kind = Kind.STEP,
+    priority: Priority = Priority.DECODE,
     rank: int = 0,
     number: int = 0,
     length: int = 0,
     total: int | None = None,
 ) -> bytes:
     total = length if total is None else total
-    header = FrameHeader(
-        *(kind, Priority.DECODE, source, destination, rank, 1, number, 0, total, length)
-    )
+    header = FrameHeader(*(kind, priority, source, destination, rank, 1, number, 0, total, length))
     return header.pack() + bytes(length)
 
 
@@ -327,6 +326,18 @@ async def test_a_process_that_ends_is_forgotten_and_its_successor_is_not(
         assert len(successor.received) == 1
     else:
         assert network.switches[HEAD].dropped == {"no process": 1}
+
+
+async def test_answers_go_to_the_socket_that_is_read(network: Network) -> None:
+    engine, stage = process(network, HEAD, Port.ENGINE), process(network, HEAD, Port.STAGE)
+    second = Process(network.switches[HEAD], Port.STAGE)
+    address = Address(HEAD, Port.STAGE)
+    second.emit(make(address, ENGINE, priority=Priority.PREFILL))
+    engine.emit(make(ENGINE, address))
+    assert (len(stage.received), second.received) == (1, [])
+    network.switches[HEAD].forget(second.peer)
+    engine.emit(make(ENGINE, address))
+    assert len(stage.received) == 2
 
 
 async def test_a_process_that_never_said_who_it_is_is_forgotten_too(network: Network) -> None:

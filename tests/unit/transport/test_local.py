@@ -373,3 +373,38 @@ def test_a_process_cannot_speak_for_another(other: bytes) -> None:
     with pytest.raises(WireError, match="STAGE 0 speaks for"):
         wire.feed(peer, other, random.Random(0))
     assert wire.is_aborted
+
+
+async def test_prefill_that_is_not_read_holds_up_nothing_else(
+    server: Server, process: LocalSocket
+) -> None:
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    server.on_frame = lambda peer, frame: (
+        gate if FrameHeader.unpack(frame).priority == Priority.PREFILL else None
+    )
+    send(process, b"first")
+    for sequence in range(3):
+        process.send(Kind.ACTIVATIONS, STAGE, [NOISE], priority=Priority.PREFILL, sequence=sequence)
+    for sequence in range(10):
+        send(process, NOISE[:MIB], sequence)
+    frames = 10 * MIB // MAX_PAYLOAD
+    await server.has(1 + 1 + frames)
+    assert sum(header.priority == Priority.DECODE for header, _ in server.frames) == 1 + frames
+    gate.set_result(None)
+    await server.has(1 + frames + 3 * 5 * MIB // MAX_PAYLOAD)
+    prefill = [header for header, _ in server.frames if header.priority == Priority.PREFILL]
+    assert [(header.sequence, header.offset) for header in prefill] == sorted(
+        (header.sequence, header.offset) for header in prefill
+    )
+
+
+async def test_what_follows_prefill_still_ends_when_the_agent_is_gone(
+    server: Server, process: LocalSocket
+) -> None:
+    process.send(Kind.ACTIVATIONS, STAGE, [b"x"], priority=Priority.PREFILL)
+    await server.has(1)
+    for peer in server.peers:
+        peer.close()
+    with pytest.raises(LinkError):
+        await in_thread(receive, process, 1)
+    process.send(Kind.ACTIVATIONS, STAGE, [NOISE], priority=Priority.PREFILL)  # goes nowhere
