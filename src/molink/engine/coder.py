@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from molink.engine.activations import Emit, Planes, StepId, pack, pack_coded, split, unpack
-from molink.planning.coding import MIN_BYTES, CodingFigures, pays, trial_is_due
+from molink.planning.coding import MIN_BYTES, TRIAL_INTERVAL, CodingFigures, pays
 from molink.wire.to_stage import WireCoding
 
 logger = logging.getLogger("molink.stage")
@@ -37,7 +37,7 @@ class Coder:
         self._thread = InOrder("coding")
         self._last: Future[None] | None = None  # whose message must leave first
         self._codes = False  # large messages, now
-        self._num_messages = 0  # that were large enough to code
+        self._num_messages = 0  # that could have been coded, over a known link
         self.figures: CodingFigures | None = None
 
     def __call__(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -68,7 +68,9 @@ class Coder:
         self._emit(step, pack(tensors))
 
     def _plan_trial(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        if trial_is_due(self._num_messages, self._link_rate()):
+        if not self._link_rate():
+            return
+        if self._num_messages % TRIAL_INTERVAL == 0:
             rows = {name: max(1, TRIAL_BYTES // t[0].nbytes) for name, t in tensors.items()}
             started = time.perf_counter()
             sample = split({name: t[: rows[name]] for name, t in tensors.items()})

@@ -47,8 +47,3 @@ def pays(figures: CodingFigures | None, link_bytes_per_s: float | None) -> bool:
         return False
     saved_s = (1.0 - figures.ratio) / link_bytes_per_s
     return saved_s > MARGIN * (figures.encode_s + figures.decode_s)
-
-
-def trial_is_due(num_messages: int, link_bytes_per_s: float | None) -> bool:
-    """Whether the message number `num_messages` (from 0) is coded to see what that costs now."""
-    return bool(link_bytes_per_s) and num_messages % TRIAL_INTERVAL == 0

@@ -31,7 +31,7 @@ DTYPE_BYTES: Final = {
 }
 """Bytes of one element. The position in this table is the dtype's number on the wire."""
 
-MAX_TENSORS: Final = 16
+MAX_TENSORS: Final = 64  # one in eight bits is four
 MAX_NAME: Final = 64  # bytes
 MAX_DIMS: Final = 8
 ALIGNMENT: Final = 64  # bytes; where the first tensor starts

@@ -94,6 +94,19 @@ def test_a_small_message_is_left_as_it_is(wire: Wire) -> None:
     assert wire.order == [0, 1, 2]
 
 
+def test_the_first_message_after_the_link_is_known_is_tried(wire: Wire) -> None:
+    rate = None
+    coder = Coder("auto", wire.emit, lambda: rate)
+    coder(StepId(1, 0), {"sum": output(0)})
+    settle(coder)
+    assert coder.figures is None
+    rate = SLOW
+    coder(StepId(1, 1), {"sum": output(1)})
+    settle(coder)
+    assert coder.figures is not None
+    assert 0.6 < coder.figures.ratio < 0.75
+
+
 def test_the_decision_is_made_again_when_the_link_changes(wire: Wire) -> None:
     rate = FAST
     coder = Coder("auto", wire.emit, lambda: rate)
@@ -108,7 +121,7 @@ def test_the_decision_is_made_again_when_the_link_changes(wire: Wire) -> None:
 
 def test_the_next_step_does_not_wait_and_does_not_overtake(wire: Wire) -> None:
     """While a coded message is on its way, others line up behind it; their memory is free."""
-    rates = iter([SLOW, SLOW, SLOW, SLOW, FAST, FAST])
+    rates = iter([SLOW, SLOW, SLOW, SLOW, FAST, FAST])  # each is asked for twice
     coder = Coder("auto", wire.emit, lambda: next(rates))
     coder(StepId(1, 0), {"sum": output(0)})
     settle(coder)

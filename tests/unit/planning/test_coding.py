@@ -2,7 +2,7 @@
 
 import pytest
 
-from molink.planning.coding import TRIAL_INTERVAL, CodingFigures, pays, trial_is_due
+from molink.planning.coding import CodingFigures, pays
 
 MBIT = 1e6 / 8
 HERE = CodingFigures(ratio=0.69, encode_s=3e-9, decode_s=1.5e-9)
@@ -19,7 +19,6 @@ def test_slow_links_are_worth_it(rate: float, expected: bool) -> None:
 @pytest.mark.parametrize("rate", [None, 0.0])
 def test_an_unknown_link_is_not(rate: float | None) -> None:
     assert not pays(HERE, rate)
-    assert not trial_is_due(0, rate)
 
 
 def test_without_figures_nothing_pays() -> None:
@@ -28,11 +27,6 @@ def test_without_figures_nothing_pays() -> None:
 
 def test_what_does_not_shrink_never_pays() -> None:
     assert not pays(CodingFigures(ratio=1.0, encode_s=1e-12, decode_s=1e-12), MBIT)
-
-
-def test_trials_are_rare() -> None:
-    due = [number for number in range(200) if trial_is_due(number, MBIT)]
-    assert due == [0, TRIAL_INTERVAL, 2 * TRIAL_INTERVAL, 3 * TRIAL_INTERVAL]
 
 
 def test_figures_follow_what_changes() -> None:
