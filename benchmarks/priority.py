@@ -4,7 +4,7 @@ One agent sends PREFILL frames without end and, ten times a second, a DECODE mes
 read one clock, so the delay of each DECODE message is of one way. Prints a table, writes JSON,
 asserts nothing.
 
-    python benchmarks/priority.py [PROFILE…] [--seconds S] [--json FILE]
+    python benchmarks/priority.py [PROFILE…] [--seconds S] [--tcp cubic] [--json FILE]
 
 Needs root, iproute2 and /dev/net/tun.
 """
@@ -148,13 +148,15 @@ def _put(link: Link, kind: Kind, priority: Priority, port: Port, size: int) -> A
     return link.send(b"".join([header, *pieces]), priority)
 
 
-def measure(line: Line, seconds: float) -> Result:
+def measure(line: Line, seconds: float, tcp: str | None) -> Result:
     context = multiprocessing.get_context("spawn")
     with Lab() as lab, tempfile.TemporaryDirectory() as folder:
         make_identities(Path(folder))
         lab.add_host("head")
         lab.add_host("far")
         lab.link("far", "head", line)
+        for host in ("head", "far") if tcp else ():
+            lab.command(host, "sysctl", "-qw", f"net.ipv4.tcp_congestion_control={tcp}")
         pipes = []
         for node, host in ((HEAD, "head"), (OTHER, "far")):
             ours, theirs = context.Pipe()
@@ -202,6 +204,7 @@ def main() -> None:
     )
     parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=", ".join(PROFILES))
     parser.add_argument("--seconds", type=float, default=20.0, help="with a full link")
+    parser.add_argument("--tcp", help="congestion control; the machine's if not given")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
     if unknown := set(options.profiles) - set(PROFILES):
@@ -209,7 +212,7 @@ def main() -> None:
     if reason := why_not():
         sys.exit(f"no lab: {reason}")
     found = {
-        name: measure(PROFILES[name], options.seconds)
+        name: measure(PROFILES[name], options.seconds, options.tcp)
         for name in options.profiles or DEFAULT_PROFILES
     }
     Console(highlight=False).print(table(found))

@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -104,6 +105,10 @@ def serve(
         WireCoding,
         typer.Option(help="Lossless coding between stages; auto: where the link is slow enough."),
     ] = WIRE.coding,
+    relay_limit: Annotated[
+        float | None,
+        typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
+    ] = None,
 ) -> None:
     """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
 
@@ -120,6 +125,7 @@ def serve(
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
+            _check_alone({"--relay-limit": relay_limit})
             _check_alone(changed_wire(wire))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
@@ -135,7 +141,10 @@ def serve(
                 folder,
                 facts,
                 EngineSettings(model, host, port, _engine_flags(model, flags, facts), wire),
-                _settings(model, host, port, listen, advertise, layers, name, flags),
+                replace(
+                    _settings(model, host, port, listen, advertise, layers, name, flags),
+                    relay_bytes_per_s=relay_limit and relay_limit * 125_000,
+                ),
                 nodes,
                 token_file,
             )

@@ -57,6 +57,14 @@ class PathView(msgspec.Struct, frozen=True):
     way: Literal["direct", "relayed", "unknown"]  # unknown: they have not tried
 
 
+class RelayView(msgspec.Struct, frozen=True):
+    """What the head has passed on between two other nodes, one way."""
+
+    source: str
+    destination: str
+    bytes_relayed: int
+
+
 class ClusterView(msgspec.Struct, frozen=True):
     cluster_id: str
     model: str
@@ -68,6 +76,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     stages: list[StageView]
     links: list[LinkView]
     paths: list[PathView] = []
+    relays: list[RelayView] = []
 
 
 def make_view(
@@ -77,7 +86,8 @@ def make_view(
     serving: bool,
     steps_in_flight: int,
     reports: Mapping[NodeId, NodeReport],
-    undiallable: Set[frozenset[NodeId]],
+    relayed: Set[frozenset[NodeId]],
+    relayed_bytes: Mapping[tuple[NodeId, NodeId], int],
 ) -> ClusterView:
     """Put the coordinator's state and the nodes' latest reports together."""
     stages = state.pipeline.stages if state.pipeline else ()
@@ -106,8 +116,13 @@ def make_view(
             if state.knows(NodeId(link.peer))  # a node may still be linked to one of another time
         ],
         paths=[
-            PathView((one.name, other.name), _way(one.id, other.id, reports, undiallable))
+            PathView((one.name, other.name), _way(one.id, other.id, reports, relayed))
             for one, other in combinations([n for n in state.nodes if n.is_connected], 2)
+        ],
+        relays=[
+            RelayView(state.node(source).name, state.node(target).name, size)
+            for (source, target), size in relayed_bytes.items()
+            if state.knows(source) and state.knows(target)
         ],
     )
 
@@ -147,11 +162,11 @@ def _link_view(state: ClusterState, node: NodeId, link: LinkCounters) -> LinkVie
 
 
 def _way(
-    one: NodeId, other: NodeId, reports: Reports, undiallable: Set[frozenset[NodeId]]
+    one: NodeId, other: NodeId, reports: Reports, relayed: Set[frozenset[NodeId]]
 ) -> Literal["direct", "relayed", "unknown"]:
     if link_between(one, other, reports) or link_between(other, one, reports):
         return "direct"
-    return "relayed" if frozenset((one, other)) in undiallable else "unknown"
+    return "relayed" if frozenset((one, other)) in relayed else "unknown"
 
 
 _decoder = msgspec.json.Decoder(ClusterView)

@@ -29,6 +29,7 @@ class ClusterCollector(Collector):
         )
         yield from _stage_metrics(view)
         yield from _link_metrics(view)
+        yield from _relay_metrics(view)
 
 
 def _stage_metrics(view: ClusterView) -> Iterator[Metric]:
@@ -70,6 +71,17 @@ def _link_metrics(view: ClusterView) -> Iterator[Metric]:
             if (figure := value(link)) is not None:
                 gauge.add_metric([link.source, link.destination], figure)
         yield gauge
+
+
+def _relay_metrics(view: ClusterView) -> Iterator[Metric]:
+    relayed = CounterMetricFamily(
+        "molink_relay_bytes",
+        "Bytes the head has passed on between two other nodes",
+        labels=["source", "destination"],
+    )
+    for relay in view.relays:
+        relayed.add_metric([relay.source, relay.destination], relay.bytes_relayed)
+    yield relayed
 
 
 _LINK_GAUGES: dict[str, tuple[str, Callable[[LinkView], float | None]]] = {

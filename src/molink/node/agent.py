@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
+from itertools import count
 from typing import Any
 
 from molink.core.errors import HubError, LinkError, MolinkError, StageError, UsageError, WireError
@@ -22,7 +23,8 @@ from molink.wire.to_head import LinkCounters
 logger = logging.getLogger("molink.agent")
 PEER_DIAL_TIMEOUT_S = 3.0
 PROBE_INTERVAL_S = 1.0
-PROBE_S, PROBE_BYTES = 1.0, 4 * 1024 * 1024  # most that measuring a new link may take
+PROBE_AT_S = (0, 10, 60)  # of a link's life: machines that start are busy, and look slow
+PROBE_S, PROBE_BYTES = 1.0, 4 * 1024 * 1024  # most that measuring may take each time
 PROBE_TURN_S, PROBE_FILLER = 0.005, 64 * 1024
 RATES_INTERVAL_S = 1.0
 STAGE_RESTARTS = 3  # in a row without a step
@@ -125,8 +127,9 @@ class Agent:
         """Measure a new link with bytes that matter least, then keep its figures fresh."""
         probe = to_agent.encode(to_agent.Probe())
         self.send_control(link.peer, Port.AGENT, probe)
-        await self._fill(link)
-        while True:
+        for seconds in count():
+            if seconds in PROBE_AT_S:
+                await self._fill(link)
             await asyncio.sleep(PROBE_INTERVAL_S)
             self.send_control(link.peer, Port.AGENT, probe)
 
@@ -167,9 +170,9 @@ class Agent:
         except MolinkError as error:
             reason = str(error)
         await dialled.channel.close()
-        self.link_lost(dialled.link.peer, reason)
+        self.link_lost(dialled.link, reason)
 
-    def link_lost(self, node: NodeId, reason: str) -> None:
+    def link_lost(self, link: Link, reason: str) -> None:
         """A direct link to another node ended."""
 
     def link_counters(self) -> list[LinkCounters]:

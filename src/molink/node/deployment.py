@@ -1,17 +1,14 @@
-"""Bringing a planned pipeline into being: links between stages, and what the engine is told."""
+"""Bringing a planned pipeline into being, and what the engine is told of it."""
 
-import asyncio
-from itertools import pairwise
 from typing import Protocol
 
 from molink.cluster.coordinator import Coordinator
 from molink.core.ids import HEAD, NodeId, Port
 from molink.core.plan import Pipeline, Stage
+from molink.node.paths import Paths
 from molink.wire import to_agent, to_engine
-from molink.wire.to_agent import Dial, EngineState, StageAssigned
+from molink.wire.to_agent import EngineState, StageAssigned
 from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
-
-DIAL_ANSWER_S = 8.0
 
 
 class Voice(Protocol):
@@ -33,9 +30,8 @@ class Deployment:
         self._coordinator = coordinator
         self._voice = voice
         self._http = http
-        self._dials: dict[tuple[NodeId, NodeId], asyncio.Future[bool]] = {}
+        self.paths = Paths(coordinator, voice)
         self._trouble = ""
-        self.undiallable: set[frozenset[NodeId]] = set()  # pairs that tried and could not
         self.pipeline: Pipeline | None = None
         self.assigned: PipelineAssigned | None = None
         self.unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
@@ -77,7 +73,7 @@ class Deployment:
     async def assign(self, pipeline: Pipeline) -> None:
         """Link the stages, then tell the engine; nothing if it is forgotten meanwhile."""
         before, self.pipeline = self.pipeline, pipeline
-        await self._link_stages(pipeline)
+        await self.paths.link(pipeline.nodes)
         if self.pipeline is not pipeline:
             return
         places = [self._place(stage) for stage in pipeline.stages]
@@ -105,38 +101,6 @@ class Deployment:
         return StagePlace(
             node.id, node.name, layers.start, layers.end, stage.tensor_parallel_size, dtypes
         )
-
-    # Links between stages
-
-    async def _link_stages(self, pipeline: Pipeline) -> None:
-        """Let neighbours dial each other; where neither can, the head relays."""
-        pairs = [pair for pair in pairwise(pipeline.nodes) if HEAD not in pair]
-        await asyncio.gather(*(self._link_pair(*pair) for pair in pairs))
-
-    async def _link_pair(self, first: NodeId, second: NodeId) -> None:
-        for dialler, other in ((first, second), (second, first)):
-            address = self._coordinator.state.node(other).address
-            if address is not None and await self._ask_to_dial(dialler, other, address):
-                self.undiallable.discard(frozenset((first, second)))
-                return
-        self.undiallable.add(frozenset((first, second)))
-        names = (self._coordinator.state.node(node).name for node in (first, second))
-        self._voice.say(f"{' and '.join(names)} cannot dial each other; the head relays")
-
-    async def _ask_to_dial(self, dialler: NodeId, other: NodeId, address: str) -> bool:
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._dials[dialler, other] = answer
-        self._voice.tell(dialler, Dial(other, address))
-        try:
-            return await asyncio.wait_for(answer, DIAL_ANSWER_S)
-        except TimeoutError:
-            return False
-
-    def dialled(self, dialler: NodeId, other: NodeId, ok: bool) -> None:
-        """A node says whether it has a direct link to another one."""
-        waiting = self._dials.pop((dialler, other), None)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(ok)
 
     # The engine
 

@@ -13,9 +13,7 @@ import msgspec
 from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.path import measured_hops
 from molink.cluster.state import Role
-from molink.cluster.view import ClusterView, make_view
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import (
     MolinkError,
@@ -31,7 +29,9 @@ from molink.node.deployment import Deployment
 from molink.node.engine_host import EngineHost
 from molink.node.enrolment import enrol
 from molink.node.home import RunFolder
+from molink.node.reports import Reports
 from molink.node.stage_host import StageHost, StageSettings
+from molink.transport.allowance import Allowance
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity
 from molink.transport.server import Accepted, LinkServer
@@ -50,7 +50,6 @@ from molink.wire.to_agent import (
     StageUp,
     Welcome,
 )
-from molink.wire.to_engine import PathMeasured
 
 VIEW_INTERVAL_S = 1.0
 
@@ -66,6 +65,7 @@ class HeadSettings:
     versions: Versions
     stage: StageSettings
     http: str  # URL of the OpenAI API
+    relay_bytes_per_s: float | None = None  # most that the head relays between other nodes
 
 
 class HeadAgent(Agent):
@@ -89,6 +89,8 @@ class HeadAgent(Agent):
         self._authority = authority
         self._identity = identity
         self._settings = settings
+        if settings.relay_bytes_per_s is not None:
+            self.switch.relay_allowance = Allowance(settings.relay_bytes_per_s)
         self._deployment = Deployment(coordinator, self, settings.http)
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
@@ -96,7 +98,7 @@ class HeadAgent(Agent):
             lambda: authority.certificate_pem,
             self._accept,
             self._enrol,
-            self._view_json,
+            lambda: self._reports.view_json(),
             api.serve,
         )
         self._changed = asyncio.Event()
@@ -104,7 +106,9 @@ class HeadAgent(Agent):
         self._held: dict[NodeId, HeldModel] = {}
         self._remote_hosts: dict[NodeId, str] = {}
         self._waiting_for = ""
-        self._reports: dict[NodeId, to_head.NodeReport] = {}
+        self._reports = Reports(
+            coordinator, self._deployment, self.switch, self._own_report, settings.http
+        )
 
     async def listen(self) -> int:
         """Open the agent's port. Raises UsageError if it is taken."""
@@ -134,6 +138,7 @@ class HeadAgent(Agent):
         self.spawn(self._settle_forever(), is_vital=True)
         self.spawn(self._publish_views(), is_vital=True)
         self.spawn(self.tell_rates())
+        self.spawn(self._deployment.paths.seek())
         try:
             return await self._ending
         finally:
@@ -184,7 +189,7 @@ class HeadAgent(Agent):
     def _node_lost(self, node: NodeId, reason: str) -> None:
         record = self._coordinator.state.node(node)
         self._deployment.unloaded.discard(node)
-        self._reports.pop(node, None)
+        self._reports.forget(node)
         if record.is_connected:
             self._coordinator.node_lost(node, reason)
             self.say(f"{record.name} is gone: {reason}")
@@ -285,18 +290,16 @@ class HeadAgent(Agent):
             case to_head.Leaving(reason=reason):
                 self._node_lost(node, reason)
             case to_head.Dialled(node=other, ok=ok):
-                self._deployment.dialled(node, NodeId(other), ok)
-            case to_head.LinkLost(node=other, reason=reason):
-                self._link_lost(node, NodeId(other), reason)
+                self._deployment.paths.dialled(node, NodeId(other), ok)
+            case to_head.LinkLost() as lost:
+                self._link_lost(node, lost)
             case to_head.NodeReport() as report:
                 self._reported(node, report)
 
     def _reported(self, node: NodeId, report: to_head.NodeReport) -> None:
-        before = self._reports.get(node)
-        if report.download and not (before and before.download):
+        if self._reports.put(node, report):
             name = self._coordinator.state.node(node).name
             self.say(f"{name} downloads {report.download}")
-        self._reports[node] = report
 
     def _model_checked(self, node: NodeId, model: HeldModel) -> None:
         record = self._coordinator.state.node(node)
@@ -308,14 +311,17 @@ class HeadAgent(Agent):
         else:
             self._held[node] = model
 
-    def _link_lost(self, node: NodeId, other: NodeId, reason: str) -> None:
-        """A direct link broke: what was on it is lost, so the steps in flight are too."""
-        record = self._coordinator.state.node(node)
+    def _link_lost(self, node: NodeId, lost: to_head.LinkLost) -> None:
+        """A direct link broke; if anything was lost with it, so are the steps in flight."""
+        record, other = self._coordinator.state.node(node), NodeId(lost.node)
         if record.resources is None or not record.is_connected:
             return
         if {node, other} <= set(self._deployment.nodes):
+            if lost.nothing:
+                self._deployment.paths.broke(node, other, lost.reason)
+                return
             resources = record.resources
-            self._coordinator.stage_lost(node, f"its link to node {other} broke: {reason}")
+            self._coordinator.stage_lost(node, f"its link to node {other} broke: {lost.reason}")
             self._coordinator.measured(node, resources, self._held[node])
             self._changed.set()
 
@@ -382,26 +388,12 @@ class HeadAgent(Agent):
 
     # What others see
 
-    def view(self) -> ClusterView:
-        return make_view(
-            self._coordinator.state,
-            http=self._settings.http,
-            serving=self._deployment.serving,
-            steps_in_flight=self._deployment.steps_in_flight,
-            reports=self._all_reports(),
-            undiallable=self._deployment.undiallable,
-        )
-
-    def _view_json(self) -> bytes:
-        return msgspec.json.encode(self.view())
-
-    def _all_reports(self) -> dict[NodeId, to_head.NodeReport]:
-        own = to_head.NodeReport(
+    def _own_report(self) -> to_head.NodeReport:
+        return to_head.NodeReport(
             self.stage_counters.get(0, to_agent.StageCounters()),
             self.link_counters(),
             self.download,
         )
-        return self._reports | {HEAD: own}
 
     async def _publish_views(self) -> None:
         while True:
@@ -409,14 +401,10 @@ class HeadAgent(Agent):
             self._tell_path()
             await asyncio.sleep(VIEW_INTERVAL_S)
 
-    def _tell_path(self) -> None:
-        assigned = self._deployment.assigned
-        if assigned is not None and not self._deployment.is_down:
-            nodes = [NodeId(stage.node) for stage in assigned.stages]
-            hops = measured_hops(nodes, self._all_reports())
-            message = to_engine.encode(PathMeasured(assigned.epoch, hops))
-            self.send_control(HEAD, Port.ENGINE, message)
-
     def publish_view(self) -> None:
-        message = to_engine.ClusterView(self._view_json())
+        message = to_engine.ClusterView(self._reports.view_json())
         self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
+
+    def _tell_path(self) -> None:
+        if (path := self._reports.path()) is not None:
+            self.send_control(HEAD, Port.ENGINE, to_engine.encode(path))

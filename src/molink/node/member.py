@@ -13,6 +13,7 @@ from molink.node.home import RunFolder
 from molink.node.stage_host import StageHost, StageSettings
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import NodeIdentity
+from molink.transport.link import Link
 from molink.transport.server import Accepted, LinkServer, dial
 from molink.wire import to_agent, to_head
 from molink.wire.frames import FrameHeader
@@ -154,11 +155,12 @@ class MemberAgent(Agent):
             reason = "it was closed"
         except MolinkError as error:
             reason = str(error)
-        self.link_lost(accepted.identity.node, reason)
+        self.link_lost(accepted.link, reason)
 
-    def link_lost(self, node: NodeId, reason: str) -> None:
-        if node not in self.switch.links:  # it may have been dialled again
-            self.tell_head(to_head.LinkLost(node, reason))
+    def link_lost(self, link: Link, reason: str) -> None:
+        if link.peer not in self.switch.links:  # it may have been dialled again
+            nothing = link.has_delivered and not self.switch.is_used(link)
+            self.tell_head(to_head.LinkLost(link.peer, reason, nothing))
 
     # Messages
 

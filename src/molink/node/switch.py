@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from molink.core.errors import WireError
-from molink.core.ids import EVERY_STAGE, HEAD, NodeId, Port
+from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
+from molink.transport.allowance import Allowance
 from molink.transport.link import Link
 from molink.transport.local_server import LocalPeer
 from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind, Priority
@@ -19,7 +20,10 @@ class Switch:
 
     A frame for a node without a link of its own goes to the head, which relays it. Owns the tables
     of links and local processes; `control` receives what is addressed to the agent itself.
+    `relay_allowance` bounds what the head relays.
     """
+
+    relay_allowance: Allowance | None = None
 
     def __init__(self, node: NodeId, control: ControlHandler) -> None:
         self.node = node
@@ -27,7 +31,9 @@ class Switch:
         self.local: dict[Port, dict[int, LocalPeer]] = {}
         self.stage_nodes: tuple[NodeId, ...] = ()
         self.dropped: Counter[str] = Counter()
+        self.relayed: Counter[tuple[NodeId, NodeId]] = Counter()  # bytes, by source and destination
         self._control = control
+        self._ways: dict[tuple[Address, int, Priority, NodeId], Link] = {}  # of messages half sent
 
     def from_local(
         self, peer: LocalPeer, header: FrameHeader, frame: bytes
@@ -54,7 +60,22 @@ class Switch:
             return None
         if destination == EVERY_STAGE or (destination != self.node and self.node != HEAD):
             raise WireError(f"node {link.peer} sent a frame for {header.destination}")
-        return self._to_node(destination, header, frame)
+        room = self._to_node(destination, header, frame)
+        if destination != self.node and destination in self.links:
+            self.relayed[source, destination] += len(frame)
+            return self._within_allowance(len(frame), room)
+        return room
+
+    def _within_allowance(
+        self, size: int, room: asyncio.Future[None] | None
+    ) -> Awaitable[None] | None:
+        """Asks the source to wait for room, and for its time where relaying is bounded."""
+        if self.relay_allowance is None:
+            return room
+        wait_s = self.relay_allowance.take(size, asyncio.get_running_loop().time())
+        if wait_s == 0:
+            return room
+        return _both(asyncio.sleep(wait_s), room) if room is not None else asyncio.sleep(wait_s)
 
     def _unwanted(self, header: FrameHeader) -> str | None:
         """Why a frame of another node that is true to its name goes no further."""
@@ -81,11 +102,28 @@ class Switch:
         if node == self.node:
             self._deliver(header, frame)
             return None
-        link = self.links.get(node) or self.links.get(HEAD)
+        link = self._link_to(node, header)
         if link is None:
             self.dropped["no link"] += 1
             return None
         return link.send(frame, header.priority)
+
+    def _link_to(self, node: NodeId, header: FrameHeader) -> Link | None:
+        """The link for a frame; the pieces of one message all take that of the first.
+
+        A receiver puts messages together in order, and a direct link may come or go meanwhile.
+        """
+        message = (header.source, header.rank, header.priority, node)
+        link = self._ways.pop(message, None) if header.offset else None
+        link = link or self.links.get(node) or self.links.get(HEAD)
+        is_last = header.offset + header.length == header.total
+        if link is not None and header.source.node == self.node and not is_last:
+            self._ways[message] = link
+        return link
+
+    def is_used(self, link: Link) -> bool:
+        """Whether a message has begun to leave over a link, and has not ended."""
+        return link in self._ways.values()
 
     def _deliver(self, header: FrameHeader, frame: bytes) -> None:
         if header.destination.port == Port.AGENT:
@@ -107,3 +145,8 @@ class Switch:
             peers = self.local.get(peer.port, {})
             if peers.get(peer.rank) is peer:  # otherwise its successor is here already
                 del peers[peer.rank]
+
+
+async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:
+    await first
+    await second

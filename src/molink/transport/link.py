@@ -26,8 +26,11 @@ STATUS_METHOD = "/molink.Agent/Status"
 TUNNEL_METHOD = "/molink.Agent/Tunnel"
 MAX_GRPC_MESSAGE = 2 * (MAX_PAYLOAD + HEADER_SIZE)
 
-KEEPALIVE_S = 2.0
-KEEPALIVE_TIMEOUT_S = 3.0
+KEEPALIVE_S = 2.0  # of silence, after which the connection is tried
+# A link that is dead for 5 s must live on, and TCP, whose attempts double their distance, may
+# notice the end of a pause only after twice its time. gRPC makes this TCP_USER_TIMEOUT too.
+KEEPALIVE_TIMEOUT_S = 12.0
+SILENCE_S = KEEPALIVE_S + KEEPALIVE_TIMEOUT_S  # then a peer is lost, at the latest
 LAST_WORDS_S = 0.2
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE),
@@ -42,6 +45,8 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
     ("grpc.use_local_subchannel_pool", 1),
 ]
+
+STEPS = (Priority.DECODE, Priority.PREFILL)  # classes of what is lost with a link
 
 FrameHandler = Callable[["Link", FrameHeader, bytes], Awaitable[None] | None]
 
@@ -59,6 +64,8 @@ class Link:
         self.queue = FrameQueue(self._wake.set)
         self._intake = _Intake(self._wake.set)
         self._closed = asyncio.Event()
+        self._steps_end = 0  # bytes sent, with the last of them that steps wait for
+        self.has_delivered = True  # once it has ended: all that steps wait for had arrived
 
     @property
     def bytes_sent(self) -> int:
@@ -93,6 +100,8 @@ class Link:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._intake.close()
+            waiting = any(self.queue.waiting[lane] for lane in STEPS)
+            self.has_delivered = not waiting and self.window.delivered >= self._steps_end
             self.queue.close()
 
     def close(self) -> None:
@@ -132,6 +141,8 @@ class Link:
             self.window.on_starved()
         else:
             self.window.on_sent(len(data), now)
+            if pieces.lane_of(data) in STEPS:
+                self._steps_end = self.window.sent
         return data
 
     async def _receive_all(self, handle: FrameHandler) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from molink.core.errors import WireError
 from molink.transport.window import Receipt
-from molink.wire.frames import HEADER_SIZE, FrameHeader, Priority
+from molink.wire.frames import HEADER_SIZE, PRIORITY_AT, FrameHeader, Priority
 
 PIECE = 0x80
 RECEIPT = 0xFF
@@ -23,6 +23,11 @@ Frame = tuple[FrameHeader, bytes]
 def join(lane: Priority, piece: memoryview) -> bytes:
     """A message with a piece of a frame."""
     return b"".join((bytes((PIECE + lane,)), piece))
+
+
+def lane_of(message: bytes) -> Priority:
+    """The class of (the first) frame of a message that is no receipt."""
+    return Priority(message[0] - PIECE if message[0] >= PIECE else message[PRIORITY_AT])
 
 
 def pack_receipt(receipt: Receipt, paused: Iterable[Priority]) -> bytes:

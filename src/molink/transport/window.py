@@ -18,13 +18,14 @@ from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD
 RECEIPT_INTERVAL_S = 0.005  # from a message's arrival to its receipt, at most
 GAIN = 1.25
 PROBING_GAIN = 0.5  # while the queue is emptied to see the shortest round trip
-RATE_MEMORY_S = 2.0  # and at least so many round trips:
+RATE_MEMORY_S = 2.0  # of a full link, and at least so many round trips:
 RATE_MEMORY_ROUND_TRIPS = 10
 RTT_MEMORY_S = 5.0  # then the shortest round trip is looked for again
 GROWTH = 1.25  # of the rate from round to round, below which the link is taken for full
 FULL_ROUNDS = 3  # one, if round trips have grown too
 STARTUP_GAIN = 2.9
-COLLAPSE = 2.0  # a round trip so many times as long as the rate explains: the rate has fallen
+COLLAPSE = 2.0  # round trips so many times as long as the rate explains: it may have fallen
+LATE_RECEIPTS = 4  # in a row, none of which is a late burst, so it has
 FIRST_WINDOW = 16 * 1024  # bytes
 LEAST_WINDOW = 4 * 1024
 LARGEST_WINDOW = 64 * 1024 * 1024
@@ -52,7 +53,7 @@ class _Sent(NamedTuple):
 
 
 class _Max:
-    """The largest value of a while. It forgets when it learns, not while nothing is measured."""
+    """The largest value of a while."""
 
     def __init__(self) -> None:
         self._values: deque[tuple[float, float]] = deque()  # newer ones are smaller
@@ -84,10 +85,13 @@ class Window:
         self._in_flight: deque[_Sent] = deque()
         self._rate = _Max()
         self._bursts = _Bursts()
-        self._limited_until = 0  # bytes: what was sent before says too little of the rate
+        self._limited_until = -1  # bytes delivered: what is sent until then says too little
+        self._full_s = 0.0  # for how long, in all, there was enough to send
+        self._receipt_at = 0.0
         self._is_measured = False
         self._startup: _Startup | None = _Startup()
         self._latest_rate = 0.0
+        self._late = 0
         self._arrived_s: float | None = None
         self._newest_at = 0.0
 
@@ -126,7 +130,7 @@ class Window:
                 self.delivered,
                 None if is_first else self._arrived_s,
                 now if is_first else self._newest_at,
-                is_first or self._limited_until > self.delivered,
+                is_first or self._limited_until >= self.delivered,
             )
         )
         if is_first:
@@ -154,7 +158,7 @@ class Window:
         rtt_s = max(now - newest.at - receipt.held_s, 1e-6)
         self._rtt.add(rtt_s, self, now)
         rate = self._measure_rate(newest, receipt, now)
-        if not newest.is_limited and rtt_s > COLLAPSE * self._explained_s(newest):
+        if self._has_fallen(newest, receipt, rtt_s, acknowledged):
             self._start_again(rate, now)
         self._bursts.add(acknowledged, self._rate.value, self._memory_s, now)
         if self._startup is not None and self._startup.is_over(self, newest, rtt_s):
@@ -174,11 +178,22 @@ class Window:
         else:
             took_s = max(receipt.arrived_s - newest.arrived_s, newest.at - newest.first_at)
         rate = (receipt.received - newest.delivered) / max(took_s, 1e-6)
+        if not newest.is_limited:
+            self._full_s += min(now - self._receipt_at, took_s)
+        self._receipt_at = now
         if rate >= self._rate.value or not newest.is_limited:
-            self._rate.add(rate, now, self._memory_s)
+            self._rate.add(rate, self._full_s, self._memory_s)
         self._is_measured |= not newest.is_limited
         self._latest_rate = rate
         return rate
+
+    def _has_fallen(self, newest: _Sent, receipt: Receipt, rtt_s: float, acknowledged: int) -> bool:
+        """Whether the link is slower for good, rather than late for once: then a burst follows."""
+        since_s = receipt.arrived_s - (self._arrived_s or receipt.arrived_s)
+        is_slow = acknowledged * COLLAPSE < self._rate.value * since_s
+        is_late = not newest.is_limited and rtt_s > COLLAPSE * self._explained_s(newest)
+        self._late = self._late + 1 if is_late and is_slow else 0
+        return self._late >= LATE_RECEIPTS
 
     def _explained_s(self, newest: _Sent) -> float:
         """The round trip of a message, if the link is as fast as it is taken to be."""
@@ -188,8 +203,8 @@ class Window:
 
     def _start_again(self, rate: float, now: float) -> None:
         self._rate.clear()
-        self._rate.add(rate, now, 0.0)
-        self._bursts, self._startup = _Bursts(now), _Startup()
+        self._rate.add(rate, self._full_s, 0.0)
+        self._bursts, self._startup, self._late = _Bursts(now), _Startup(), 0
 
     @property
     def _memory_s(self) -> float:

@@ -25,6 +25,7 @@ MAX_MESSAGE = 1 << 30  # bytes; a prefill of 16,384 tokens of an 8,192-wide bf16
 
 _HEADER = struct.Struct("<BBBBBBHHHIQIII")
 HEADER_SIZE = _HEADER.size
+PRIORITY_AT = 2  # its byte
 
 
 class Kind(IntEnum):

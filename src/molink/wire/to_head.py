@@ -66,6 +66,7 @@ class LinkLost(msgspec.Struct, frozen=True, tag=True):
 
     node: int
     reason: str
+    nothing: bool = False  # was lost with it: all that this node sent has arrived
 
 
 class LinkCounters(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from tests.links import make_link
 
-from molink.cluster.view import decode_view, make_view
+from molink.cluster.view import RelayView, decode_view, make_view
 from molink.core.ids import HEAD, NodeId
 from molink.wire.to_agent import Downloading, StageCounters
 from molink.wire.to_head import NodeReport
@@ -22,7 +22,8 @@ def test_a_link_to_a_node_that_nobody_knows_is_left_out(make_cluster: Callable[.
         serving=False,
         steps_in_flight=0,
         reports={beta: NodeReport(StageCounters(), links)},
-        undiallable=set(),
+        relayed=set(),
+        relayed_bytes={},
     )
     assert [(link.source, link.destination) for link in view.links] == [("beta", "alpha")]
     assert decode_view(msgspec.json.encode(view)) == view
@@ -38,7 +39,8 @@ def test_a_download_is_shown_with_its_node(make_cluster: Callable[..., Any]) -> 
         serving=False,
         steps_in_flight=0,
         reports={beta: NodeReport(StageCounters(), [], download)},
-        undiallable=set(),
+        relayed=set(),
+        relayed_bytes={},
     )
     assert {node.name: node.download for node in view.nodes} == {"alpha": None, "beta": download}
     assert decode_view(msgspec.json.encode(view)) == view
@@ -57,8 +59,10 @@ def test_how_every_two_nodes_reach_each_other(make_cluster: Callable[..., Any]) 
         serving=False,
         steps_in_flight=0,
         reports=reports,
-        undiallable={frozenset((beta, gamma)), frozenset((gamma, delta))},
+        relayed={frozenset((beta, gamma)), frozenset((gamma, delta))},
+        relayed_bytes={(beta, gamma): 7, (beta, NodeId(99)): 8},
     )
+    assert view.relays == [RelayView("beta", "gamma", 7)]
     assert {path.nodes: path.way for path in view.paths} == {
         ("alpha", "beta"): "direct",
         ("alpha", "gamma"): "direct",

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from molink.cluster.view import ClusterView, LinkView, StageView
+from molink.cluster.view import ClusterView, LinkView, RelayView, StageView
 from molink.gateway.metrics import ClusterCollector
 from molink.wire.to_agent import StageCounters
 
@@ -82,6 +82,12 @@ def test_every_stage_has_its_counters_whatever_its_node_is_called() -> None:
     assert scrape.values("molink_stage_steps_total", **alpha) == [10]
     assert scrape.values("molink_stage_compute_seconds_total", **alpha) == [1.5]
     assert scrape.values("molink_stage_waiting_seconds_total", **beta) == [0.5]
+
+
+def test_what_the_head_relays_is_counted() -> None:
+    scrape = Scrape(view(relays=[RelayView("beta", "gamma", 700)]))
+    labels = {"source": "beta", "destination": "gamma"}
+    assert scrape.values("molink_relay_bytes_total", **labels) == [700]
 
 
 def test_every_link_has_its_counters_and_its_figures_once_they_are_known() -> None:

@@ -71,7 +71,7 @@ async def test_neighbours_are_linked_before_the_engine_hears_of_them(
 ) -> None:
     assigning = await assigned_until_the_dial(deployment)
     assert (voice.told, voice.engine) == ([(ONE, Dial(TWO, "h:2"))], [])
-    deployment.dialled(ONE, TWO, ok=True)
+    deployment.paths.dialled(ONE, TWO, ok=True)
     await assigning
     assert [type(message) for _, message in voice.told[1:]] == [StageAssigned, StageAssigned]
     (assigned,) = voice.engine
@@ -84,7 +84,7 @@ async def test_what_was_forgotten_while_it_was_linked_is_told_to_nobody(
 ) -> None:
     assigning = await assigned_until_the_dial(deployment)
     deployment.forget()
-    deployment.dialled(ONE, TWO, ok=True)
+    deployment.paths.dialled(ONE, TWO, ok=True)
     await assigning
     assert voice.engine == []
     assert (deployment.news, deployment.unloaded) == (None, {ONE, TWO})
@@ -94,7 +94,7 @@ async def test_a_mended_pipeline_names_the_stages_that_hold_nothing(
     deployment: Deployment, voice: StubVoice
 ) -> None:
     assigning = await assigned_until_the_dial(deployment)
-    deployment.dialled(ONE, TWO, ok=True)
+    deployment.paths.dialled(ONE, TWO, ok=True)
     await assigning
     deployment.take_down("two is gone")
     deployment.take_down("said once")
@@ -102,7 +102,7 @@ async def test_a_mended_pipeline_names_the_stages_that_hold_nothing(
     deployment.unloaded = {TWO}
     again = asyncio.create_task(deployment.assign(Pipeline(PLAN.stages, 2)))
     await asyncio.sleep(0.01)
-    deployment.dialled(ONE, TWO, ok=True)
+    deployment.paths.dialled(ONE, TWO, ok=True)
     await again
     down, repaired = voice.engine[1:]
     assert down == to_engine.PipelineDown("two is gone")

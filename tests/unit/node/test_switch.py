@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from molink.core.errors import WireError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.node.switch import Switch
+from molink.transport.allowance import Allowance
 from molink.transport.link import Link
 from molink.transport.local_server import LocalPeer
 from molink.transport.pieces import Reassembly
 from molink.transport.queue import HIGH_WATER
 from molink.transport.window import LARGEST_PIECE
-from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind, Priority
+from molink.wire.frames import MAX_PAYLOAD, FrameHeader, Kind, Priority, cut
 
 quick = settings(deadline=None, max_examples=100)
 
@@ -214,6 +215,58 @@ async def test_the_head_relays_where_there_is_none(network: Network) -> None:
     assert len(network.switches[ONE].links[HEAD].queue) == 1
     await network.settle()
     assert following.received == [frame]
+
+
+async def test_the_pieces_of_a_message_take_one_way_while_links_come_and_go(
+    network: Network,
+) -> None:
+    switch = network.switches[ONE]
+    stage = process(network, ONE, Port.STAGE)
+    direct = switch.links.pop(TWO)
+    pieces = [
+        header + bytes(view[0])
+        for header, view in cut(
+            *(Kind.ACTIVATIONS, Priority.DECODE, Address(ONE, Port.STAGE)),
+            *(Address(TWO, Port.STAGE), [memoryview(bytes(2 * MAX_PAYLOAD + 1))]),
+        )
+    ]
+    relay = switch.links[HEAD]
+    stage.emit(pieces[0])
+    switch.links[TWO] = direct
+    stage.emit(pieces[1])
+    assert switch.is_used(relay)
+    stage.emit(pieces[2])
+    assert (len(relay.queue), len(direct.queue)) == (3, 0)
+    stage.emit(pieces[0])
+    assert switch.is_used(direct)
+    assert not switch.is_used(relay)
+    del switch.links[TWO]
+    stage.emit(pieces[1])
+    stage.emit(pieces[2])
+    assert (len(relay.queue), len(direct.queue)) == (3, 3)
+    assert not switch.is_used(direct)
+
+
+@pytest.mark.parametrize("is_bounded", [False, True])
+async def test_what_the_head_relays_is_counted_and_may_be_bounded(
+    network: Network, is_bounded: bool
+) -> None:
+    switch = network.switches[HEAD]
+    switch.stage_nodes = (ONE, TWO)
+    switch.relay_allowance = Allowance(1000.0) if is_bounded else None
+    frame = make(Address(ONE, Port.STAGE), Address(TWO, Port.STAGE), length=5000)
+    wait = switch.from_link(switch.links[ONE], FrameHeader.unpack(frame), frame)
+    assert (wait is not None) == is_bounded
+    assert switch.relayed == {(ONE, TWO): len(frame)}
+    assert len(switch.links[TWO].queue) == 1
+    own = make(Address(ONE, Port.STAGE), Address(HEAD, Port.ENGINE), length=5000)
+    assert switch.from_link(switch.links[ONE], FrameHeader.unpack(own), own) is None
+    assert switch.relayed.total() == len(frame)
+    if wait is not None:
+        waiting = asyncio.ensure_future(wait)
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        waiting.cancel()
 
 
 async def test_unknown_destinations_are_counted(network: Network) -> None:

@@ -12,7 +12,7 @@ from molink.core.errors import LinkError, WireError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.transport.link import Link
 from molink.transport.memory import CAPACITY, MemoryStream, memory_streams
-from molink.transport.pieces import pack_receipt
+from molink.transport.pieces import join, pack_receipt
 from molink.transport.queue import HIGH_WATER
 from molink.transport.window import LEAST_PIECE, Receipt
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Kind, Priority
@@ -230,6 +230,56 @@ async def test_who_waits_for_room_is_let_go_when_the_link_ends(
         with pytest.raises(LinkError):
             await sender.end()
     assert room.done()
+
+
+@pytest.mark.parametrize("lane", Priority)
+async def test_a_link_that_ends_says_whether_steps_were_lost(
+    ends: tuple[End, End], lane: Priority
+) -> None:
+    sender, receiver = ends
+    sender.link.send(frame(0, 100, lane), lane)
+    await sender.until(lambda: sender.link.window.delivered > 0)
+    receiver.running.cancel()  # it takes no more
+    await asyncio.gather(receiver.running, return_exceptions=True)
+    sender.link.send(frame(1, 100, lane), lane)
+    await sender.until(lambda: sender.link.window.in_flight > 0)
+    sender.link.close()
+    with pytest.raises(LinkError):
+        await sender.end()
+    assert sender.link.has_delivered == (lane in (Priority.CONTROL, Priority.BULK))
+
+
+async def test_a_link_that_ends_idle_has_lost_nothing(ends: tuple[End, End]) -> None:
+    sender, _ = ends
+    sender.link.send(frame(0, MAX_PAYLOAD), Priority.DECODE)
+    await sender.until(lambda: not len(sender.link.queue) and not sender.link.window.in_flight)
+    sender.link.close()
+    with pytest.raises(LinkError):
+        await sender.end()
+    assert sender.link.has_delivered
+
+
+async def test_what_still_waits_for_a_link_is_lost_with_it(ends: tuple[End, End]) -> None:
+    sender, _ = ends
+    sender.link.queue.paused = frozenset(Priority)
+    sender.link.send(frame(0, 100), Priority.DECODE)
+    sender.link.close()
+    with pytest.raises(LinkError):
+        await sender.end()
+    assert not sender.link.has_delivered
+
+
+async def test_a_peer_that_sends_half_a_frame_and_stops_holds_up_no_other_class(
+    ends: tuple[End, End],
+) -> None:
+    half = memoryview(frame(0, 1000, Priority.PREFILL))[:500]
+    await ends[0].stream.write(join(Priority.PREFILL, half))
+    ends[0].link.send(frame(1, 100), Priority.DECODE)
+    await ends[1].has(1)
+    assert [int(data[HEADER_SIZE]) for data in ends[1].received] == [1]
+    await ends[0].stream.write(frame(2, 10, Priority.PREFILL))
+    with pytest.raises(WireError, match="before the rest"):
+        await ends[1].end()
 
 
 async def test_a_link_that_was_closed_before_it_ran_ends_at_once() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molink.core.ids import HEAD, Address, NodeId, Port
-from molink.transport.pieces import PIECE, Reassembly
+from molink.transport.pieces import Reassembly, lane_of
 from molink.transport.queue import WEIGHTS, FrameQueue, Turns
 from molink.transport.window import LARGEST_PIECE
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Kind, Priority
@@ -28,12 +28,6 @@ def frame(number: int, priority: Priority = Priority.DECODE, length: int = 0) ->
         *(Kind.STEP, priority, Address(HEAD, Port.ENGINE), STAGE, 0, 1, number, 0, length, length)
     )
     return header.pack() + number.to_bytes(2, "little")[:1] * length
-
-
-def lane_of(message: bytes) -> Priority:
-    if message[0] >= PIECE:
-        return Priority(message[0] - PIECE)
-    return FrameHeader.unpack(message).priority
 
 
 class Model:

@@ -83,6 +83,25 @@ def test_a_sender_with_little_to_send_keeps_its_window(size: float, every_s: flo
     assert run.queue_s(end + 1, end + 10) < 0.03
 
 
+@pytest.mark.parametrize(("size", "every_s"), [(100e3, 0.2), (4e3, 0.1), (40e3, 1.0), (150e3, 3.0)])
+@pytest.mark.parametrize("jitter_s", [0.0, 0.005])
+def test_the_rate_that_was_found_is_kept_by_a_sender_with_little_to_send(
+    size: float, every_s: float, jitter_s: float
+) -> None:
+    rate, found = 20 * MBIT, 1e6
+    path = Path(lambda _: rate, 0.02, jitter_s)
+    run = Simulation(path, lambda now: found + size * (now // every_s)).until(40)
+    assert run.window.bytes_per_s == pytest.approx(rate, rel=0.3 if jitter_s else 0.05)
+
+
+@pytest.mark.parametrize("stall_s", [0.2, 1.0])
+def test_a_stall_is_not_taken_for_a_slower_link(stall_s: float) -> None:
+    rate = 20 * MBIT
+    path = Path(lambda _: rate, 0.02, stalls=[(1.0, 1.0 + stall_s)])
+    run = Simulation(path, lambda now: 1e18 if now < 1.5 + stall_s else 0.0).until(10)
+    assert run.window.bytes_per_s == pytest.approx(rate, rel=0.1)
+
+
 def test_what_it_says_of_a_link() -> None:
     run = Simulation(Path(lambda _: 10 * MBIT, 0.03)).until(2)
     assert run.window.rtt_s == pytest.approx(0.03, abs=0.01)
