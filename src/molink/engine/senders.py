@@ -23,9 +23,21 @@ class Sender(Protocol):
         ...
 
 
-def sender_for(device_type: str, send: SendHost) -> Sender:
-    """How outputs leave this kind of device."""
+def sender_for(device_type: str, send: SendHost, *, rank: int = 0) -> Sender:
+    """How outputs leave this kind of device; rank 0 has whole tensors, so the others send none."""
+    if rank != 0:
+        return NoSender()
     return CudaSender(send) if device_type == "cuda" else CpuSender(send)
+
+
+class NoSender:
+    """For ranks whose outputs nobody needs."""
+
+    def __init__(self) -> None:
+        self.format = HopFormat()
+
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
+        return []
 
 
 class CpuSender:

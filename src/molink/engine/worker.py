@@ -72,7 +72,7 @@ class StageWorker:
         self.layers = load.layers
         self._wire = load.wire
         coder = Coder(load.wire.coding, emit, link_rate)
-        self._send = sender_for(current_platform.device_type, coder)
+        self._send = sender_for(current_platform.device_type, coder, rank=options.rank)
         self._send.format = HopFormat(load.wire.eight_bits)
         self.group = StageGroup(index, len(load.partition), self._send)
         self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=options.rank)

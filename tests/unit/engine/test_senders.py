@@ -27,3 +27,10 @@ def test_the_format_of_the_hop_is_used_from_when_it_is_set() -> None:
     send.format = HopFormat(has_sum=True)
     send(StepId(1, 2), output)
     assert sent == [["hidden_states", "residual"], ["sum"]]
+
+
+def test_other_ranks_send_nothing() -> None:
+    sent: list[StepId] = []
+    send = sender_for("cpu", lambda step, tensors: sent.append(step), rank=1)
+    assert send(StepId(2, 7), {"hidden_states": torch.ones(2, 3)}) == []
+    assert sent == []
