@@ -13,7 +13,8 @@ from models import Subject
 
 from molink.engine.activations import Parts, pack, pack_coded, split, unpack
 from molink.engine.eight_bits import BLOCK, Tensors
-from molink.engine.hop_format import HIDDEN, RESIDUAL, HopFormat
+from molink.engine.exact_sum import HIDDEN, RESIDUAL, take_apart
+from molink.engine.hop_format import HopFormat
 
 CPU = torch.device("cpu")
 PASSES = 7
@@ -33,10 +34,13 @@ class Format:
     @property
     def flags(self) -> tuple[str, ...]:
         dtype, has_sum = self.hop.eight_bits or "auto", "on" if self.hop.has_sum else "off"
+        if self.hop.may_code_sum:
+            has_sum = "auto"
         coding = "on" if self.is_coded else "off"
         return (f"--wire-sum={has_sum}", f"--wire-dtype={dtype}", f"--wire-coding={coding}")
 
 
+EXACT = Format("sum without loss, coded", HopFormat(may_code_sum=True), is_coded=True)
 FORMATS = [
     Format(name + (", coded" if is_coded else ""), hop, is_coded)
     for name, hop in {
@@ -47,10 +51,13 @@ FORMATS = [
     }.items()
     for is_coded in (False, True)
 ]
+FORMATS.insert(2, EXACT)
 
 
 def message(form: Format, tensors: Tensors) -> Parts:
     crossing = form.hop.shrink(tensors)
+    if form.hop.may_code_sum:
+        crossing = take_apart(crossing)
     return pack_coded(split(crossing)) if form.is_coded else pack(crossing)
 
 

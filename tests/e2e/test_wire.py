@@ -52,7 +52,9 @@ def plain() -> Heard:
 
 
 def test_coding_loses_nothing(plain: Heard) -> None:
-    coded = hear("--wire-sum=off", "--wire-coding=on")
+    """Nor does the sum that it codes."""
+    coded = hear("--wire-coding=on")
+    assert "may_code_sum=True" in coded.logs
     assert coded.tokens == plain.tokens
     assert coded.logprobs == plain.logprobs
     assert "outputs are coded: True" in coded.logs
@@ -65,9 +67,9 @@ def test_eight_bits_change_little(kind: str, most: float, plain: Heard) -> None:
     heard = hear(f"--wire-dtype={kind}")
     assert 0 < heard.mean_change(plain) < most
     assert len(heard.logprobs) == len(plain.logprobs)
-    assert f"input comes in {kind}, as a sum: True" in heard.logs
+    assert f"input comes as HopFormat(eight_bits='{kind}', has_sum=True" in heard.logs
 
 
 @pytest.mark.parametrize("case", [TWO_STAGES], indirect=True)
 def test_in_float32_the_sum_crosses(pipeline: Cluster) -> None:
-    assert "input comes in float32, as a sum: True" in logs_of_stages(pipeline)
+    assert "input comes as HopFormat(eight_bits=None, has_sum=True" in logs_of_stages(pipeline)

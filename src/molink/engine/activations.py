@@ -93,7 +93,7 @@ def split(tensors: Mapping[str, torch.Tensor]) -> list[Planes]:
     found = []
     for name, tensor in tensors.items():
         meta, data = _meta(name, tensor), _bytes_of(tensor.contiguous())
-        if tensor.is_floating_point() or tensor.dtype == torch.int8:
+        if tensor.is_floating_point() or tensor.dtype in (torch.int8, torch.uint8):
             found.append(Planes(meta, *planes.split(data, tensor.element_size())))
         else:
             found.append(Planes(meta, *planes.split(data, 1)[::-1]))

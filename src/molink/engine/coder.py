@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from molink.engine.activations import Emit, Planes, StepId, pack, pack_coded, split, unpack
+from molink.engine.activations import Emit, Parts, StepId, pack, pack_coded, split, unpack
+from molink.engine.exact_sum import put_together, take_apart
 from molink.planning.coding import MIN_BYTES, TRIAL_INTERVAL, CodingFigures, pays
 from molink.wire.to_stage import WireCoding
 
@@ -20,7 +21,7 @@ TRIAL_BYTES = 1 << 18  # of a tensor: a millisecond or two of work
 class Coder:
     """Sends what lies in host memory, and owns the figures that say whether coding it pays.
 
-    A thread codes, so that the next step need not wait; only the copy into planes is made at once.
+    A thread codes, so that the next step need not wait; only a copy is made at once.
     What is not coded leaves at once too, unless something coded is still before it. The figures
     come from parts of messages that the thread codes and decodes for trial: how long the next stage
     will need is what this one needs.
@@ -37,6 +38,7 @@ class Coder:
         self._thread = InOrder("coding")
         self._last: Future[None] | None = None  # whose message must leave first
         self._codes = False  # large messages, now
+        self.may_code_sum = False  # of `hidden_states` and `residual`: the next stage takes it
         self._num_messages = 0  # that could have been coded, over a known link
         self.figures: CodingFigures | None = None
 
@@ -46,11 +48,10 @@ class Coder:
         if is_large and self._wants() != self._codes:
             self._codes = not self._codes
             logger.info("outputs are coded: %s; %s", self._codes, self.figures)
-        if is_large and self._codes:
-            self._last = self._thread.submit(self._send_coded, step, split(tensors))
-        elif self._last is not None and not self._last.done():
-            copies = {name: tensor.clone() for name, tensor in tensors.items()}
-            self._last = self._thread.submit(self._send_raw, step, copies)
+        is_coded = is_large and self._codes
+        if is_coded or (self._last is not None and not self._last.done()):
+            send = self._send_coded if is_coded else self._send_raw
+            self._last = self._thread.submit(send, step, _copies(tensors))
         else:
             self._send_raw(step, tensors)
         if is_large and self._mode == "auto":
@@ -61,8 +62,11 @@ class Coder:
             return pays(self.figures, self._link_rate())
         return self._mode == "on"
 
-    def _send_coded(self, step: StepId, tensors: list[Planes]) -> None:
-        self._emit(step, pack_coded(tensors))
+    def _send_coded(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._emit(step, self._pack_coded(tensors))
+
+    def _pack_coded(self, tensors: Mapping[str, torch.Tensor]) -> Parts:
+        return pack_coded(split(take_apart(tensors) if self.may_code_sum else tensors))
 
     def _send_raw(self, step: StepId, tensors: Mapping[str, torch.Tensor]) -> None:
         self._emit(step, pack(tensors))
@@ -72,24 +76,27 @@ class Coder:
             return
         if self._num_messages % TRIAL_INTERVAL == 0:
             rows = {name: max(1, TRIAL_BYTES // t[0].nbytes) for name, t in tensors.items()}
-            started = time.perf_counter()
-            sample = split({name: t[: rows[name]] for name, t in tensors.items()})
-            self._thread.submit(self._try, sample, time.perf_counter() - started)
+            sample = _copies({name: t[: rows[name]] for name, t in tensors.items()})
+            self._thread.submit(self._try, sample)
         self._num_messages += 1
 
-    def _try(self, sample: list[Planes], split_s: float) -> None:
+    def _try(self, sample: Mapping[str, torch.Tensor]) -> None:
         started = time.perf_counter()
-        message = bytearray(b"".join(pack_coded(sample)))
+        message = bytearray(b"".join(self._pack_coded(sample)))
         coded_at = time.perf_counter()
-        unpack(message, torch.device("cpu"))
+        put_together(unpack(message, torch.device("cpu")), next(iter(sample.values())).dtype)
         decode_s = time.perf_counter() - coded_at
-        num_bytes = sum(tensor.meta.num_bytes for tensor in sample)
+        num_bytes = sum(tensor.nbytes for tensor in sample.values())
         newest = CodingFigures(
             ratio=len(message) / num_bytes,
-            encode_s=(split_s + coded_at - started) / num_bytes,
+            encode_s=(coded_at - started) / num_bytes,
             decode_s=decode_s / num_bytes,
         )
         self.figures = self.figures.followed_by(newest) if self.figures else newest
+
+
+def _copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 class InOrder:

@@ -8,9 +8,10 @@ import torch
 
 from molink.core.errors import UsageError, WireError
 from molink.engine.eight_bits import DTYPES, PEAK, PLACE, SCALE, Tensors, quantise, restore
+from molink.engine.exact_sum import HIDDEN, RESIDUAL, UPPER, put_together
 from molink.engine.objections import one_line
 
-HIDDEN, RESIDUAL, SUM = "hidden_states", "residual", "sum"
+SUM = "sum"
 _COMPANIONS: Final = (SCALE, PEAK, PLACE)
 _KINDS: Final = {dtype: kind for kind, dtype in DTYPES.items()}
 
@@ -23,10 +24,12 @@ class HopFormat:
         eight_bits: "int8", "fp8" or None.
         has_sum: `hidden_states` and `residual` cross as their sum, because the next layer uses
             nothing else of them.
+        may_code_sum: what is coded may be their sum without loss (`engine.exact_sum`).
     """
 
     eight_bits: str | None = None
     has_sum: bool = False
+    may_code_sum: bool = False
 
     def shrink(self, tensors: Mapping[str, torch.Tensor]) -> Tensors:
         """What crosses instead of a stage's output; on its device, in new memory or its own."""
@@ -54,8 +57,10 @@ class HopFormat:
         Raises:
             WireError: what came is not in this format.
         """
+        if UPPER in crossed and not self.may_code_sum:
+            raise WireError("a coded sum came where none was agreed on")
         tensors: Tensors = {}
-        for name, tensor in crossed.items():
+        for name, tensor in put_together(crossed, dtype).items():
             if name.endswith(_COMPANIONS):
                 continue
             came_in = _KINDS.get(tensor.dtype)

@@ -18,7 +18,7 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from molink.engine.hop_format import HIDDEN, RESIDUAL
+from molink.engine.exact_sum import HIDDEN, RESIDUAL
 
 logger = logging.getLogger("molink.stage")
 ROWS = 8

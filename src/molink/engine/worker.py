@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,10 @@ class StageWorker:
         self.index = index
         self.layers = load.layers
         self._wire = load.wire
-        coder = Coder(load.wire.coding, emit, link_rate)
-        self._send = sender_for(current_platform.device_type, coder, rank=options.rank)
-        self._send.format = HopFormat(load.wire.eight_bits)
+        self._dtype = dtype_name(config.model_config.dtype)
+        self._coder = Coder(load.wire.coding, emit, link_rate)
+        self._send = sender_for(current_platform.device_type, self._coder, rank=options.rank)
+        self._send.format = self._format(takes_sum=False)
         self.group = StageGroup(index, len(load.partition), self._send)
         self._worker = WorkerWrapperBase(rpc_rank=0, global_rank=options.rank)
         self._worker.init_worker([self._arguments(config, options)])
@@ -103,14 +104,22 @@ class StageWorker:
             batch_size=1, dtype=config.model_config.dtype, device=self.device
         ).tensors
         row_bytes = sum(tensor.nbytes for tensor in one_row.values())
-        self._max_input = runner.max_num_tokens * row_bytes
-        dtype = dtype_name(config.model_config.dtype)
-        has_sum = self._wire.wants_sum(dtype) and uses_only_the_sum(runner.model, config, one_row)
-        if self._wire.sum == "on" and not has_sum:
+        self._max_input = runner.max_num_tokens * row_bytes * 2  # with exceptions of a sum
+        wanted = self._format(takes_sum=True)
+        is_asked = wanted.has_sum or wanted.may_code_sum
+        agreed = self._format(is_asked and uses_only_the_sum(runner.model, config, one_row))
+        if self._wire.sum == "on" and not agreed.has_sum:
             logger.warning("--wire-sum on changes nothing: the layers of this model take no sum")
-        eight_bits = self._wire.eight_bits
-        logger.info("input comes in %s, as a sum: %s", eight_bits or dtype, has_sum)
-        return HopFormat(eight_bits, has_sum)
+        logger.info("input comes as %s", agreed)
+        return agreed
+
+    def _format(self, takes_sum: bool) -> HopFormat:
+        """Of a hop, by whether its later stage takes a sum."""
+        return HopFormat(
+            self._wire.eight_bits,
+            has_sum=takes_sum and self._wire.wants_sum(self._dtype),
+            may_code_sum=takes_sum and self._wire.may_code_sum(self._dtype),
+        )
 
     def _arguments(self, config: Any, options: StageOptions) -> dict[str, Any]:
         # vLLM names shared memory after this file, so its name is that of no other stage.
@@ -139,12 +148,13 @@ class StageWorker:
 
     @property
     def takes_sum(self) -> bool:
-        """Whether the stage before should send a sum."""
-        return self._receive.has_sum
+        """Whether the stage before may send a sum."""
+        return self._receive.has_sum or self._receive.may_code_sum
 
-    def send_sum(self, has_sum: bool) -> None:
+    def send_sum(self, takes_sum: bool) -> None:
         """The next stage takes a sum, or it does not."""
-        self._send.format = replace(self._send.format, has_sum=has_sum)
+        self._send.format = self._format(takes_sum)
+        self._coder.may_code_sum = self._send.format.may_code_sum
 
     def unpack(self, payload: bytearray) -> dict[str, torch.Tensor]:
         """The input of a step. Raises WireError if it is not what was agreed on."""

@@ -48,7 +48,10 @@ def join(first: Buffer, others: Buffer, word_bytes: int) -> Bytes:
 
 def deflate(plane: Buffer) -> bytes:
     """Releases the interpreter's lock while it works."""
-    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    numbers = np.frombuffer(plane, np.uint8)
+    is_sparse = 8 * np.count_nonzero(numbers) < len(numbers)  # a code has at least one bit
+    strategy = zlib.Z_RLE if is_sparse else zlib.Z_HUFFMAN_ONLY
+    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
     return coder.compress(plane) + coder.flush()
 
 

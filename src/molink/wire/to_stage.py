@@ -71,7 +71,7 @@ class WireFormat(msgspec.Struct, frozen=True, kw_only=True):
     """How stages write their activations: the head's user's choices, and what they are if he made
     none."""
 
-    sum: WireSum = "auto"  # `hidden_states` and `residual` cross as one; auto: where that is exact
+    sum: WireSum = "auto"  # `hidden_states` and `residual` cross as one; auto: without loss
     dtype: WireDtype = "auto"  # auto: the model's own
     coding: WireCoding = "auto"  # lossless; auto: where the link is slow enough
 
@@ -88,6 +88,11 @@ class WireFormat(msgspec.Struct, frozen=True, kw_only=True):
         if self.sum == "auto":
             return dtype == "float32" or self.eight_bits is not None
         return self.sum == "on"
+
+    def may_code_sum(self, dtype: str) -> bool:
+        """Whether what is coded should be the sum without loss, if the layers allow a sum."""
+        has_16_bits = dtype in ("bfloat16", "float16")
+        return self.sum == "auto" and has_16_bits and self.eight_bits is None
 
     @classmethod
     def from_json(cls, text: str) -> "WireFormat":

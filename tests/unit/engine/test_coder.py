@@ -140,6 +140,23 @@ def test_the_next_step_does_not_wait_and_does_not_overtake(wire: Wire) -> None:
     assert wire.sizes[1] < 0.75 * RAW < wire.sizes[2]
 
 
+def test_a_sum_is_coded_where_the_next_stage_takes_it() -> None:
+    messages: list[bytearray] = []
+    coder = Coder(
+        "on", lambda step, parts: messages.append(bytearray(b"".join(parts))), lambda: None
+    )
+    tensors = {"hidden_states": output(1), "residual": output(2)}
+    coder(StepId(1, 0), tensors)
+    settle(coder)
+    coder.may_code_sum = True
+    coder(StepId(1, 1), tensors)
+    settle(coder)
+    both, one = (unpack(message, CPU) for message in messages)
+    assert list(both) == ["hidden_states", "residual"]
+    assert list(one)[:3] == ["sum.upper", "sum.middle", "sum.lower"]
+    assert len(messages[1]) < 0.8 * len(messages[0])
+
+
 def test_a_failure_in_the_thread_ends_the_stage(
     wire: Wire, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from molink.core.errors import UsageError, WireError
 from molink.engine import hop_format
 from molink.engine.eight_bits import BLOCK, Tensors
+from molink.engine.exact_sum import take_apart
 from molink.engine.hop_format import HopFormat, check_device
 
 quick = settings(deadline=None, max_examples=60)
@@ -104,6 +105,16 @@ def test_parts_that_do_not_fit_are_refused(kind: str, data: st.DataObject) -> No
         HopFormat(kind, has_sum=True).restore(
             crossed if changed is None else crossed | {name: changed}, torch.bfloat16
         )
+
+
+def test_a_coded_sum_is_taken_only_where_it_was_agreed_on() -> None:
+    sent = output(2, 64, torch.bfloat16)
+    crossed = take_apart(sent)
+    back = HopFormat(may_code_sum=True).restore(crossed, torch.bfloat16)
+    assert back.keys() == sent.keys()
+    HopFormat(may_code_sum=True).restore(sent, torch.bfloat16)  # what is not coded crosses so
+    with pytest.raises(WireError, match="coded sum"):
+        HopFormat().restore(crossed, torch.bfloat16)
 
 
 @pytest.mark.parametrize("place", [-5, 30_000])

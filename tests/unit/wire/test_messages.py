@@ -165,3 +165,4 @@ def test_when_a_sum_is_wanted(
     wire = WireFormat(sum=choice, dtype=wire_dtype)
     assert wire.wants_sum(dtype) == expected
     assert WireFormat.from_json(wire.to_json()) == wire
+    assert wire.may_code_sum(dtype) == (choice == wire_dtype == "auto" and dtype != "float32")
