@@ -85,9 +85,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return min(times)
 
 
-def loss(hop: HopFormat, tensors: Tensors, channels: torch.Tensor | None = None) -> float:
+def loss(form: Format, tensors: Tensors, channels: torch.Tensor | None = None) -> float:
     """Error of `hidden_states + residual` after the hop: root mean square, relative."""
-    back = hop.restore(hop.shrink(tensors), tensors[HIDDEN].dtype)
+    payload = bytearray(b"".join(message(form, tensors)))
+    back = arrived(form, payload, tensors[HIDDEN].dtype)
     found, true = (t[HIDDEN].double() + t[RESIDUAL].double() for t in (back, tensors))
     if channels is not None:
         found, true = found[:, channels], true[:, channels]
@@ -111,11 +112,12 @@ def outlier_losses(times: int) -> dict[str, float]:
     tensors = {HIDDEN: torch.zeros_like(values), RESIDUAL: values}
     alone = values[:, others]
     whole = one_scale_a_token(values)[:, others]
+    of_name = {form.name: form for form in FORMATS}
     return {
         "bfloat16": float((alone.bfloat16().float() - alone).norm() / alone.norm()),
         "int8, one scale a token": float((whole - alone).norm() / alone.norm()),
-        f"int8, blocks of {BLOCK}": loss(HopFormat("int8", has_sum=True), tensors, others),
-        f"fp8, blocks of {BLOCK}": loss(HopFormat("fp8", has_sum=True), tensors, others),
+        f"int8, blocks of {BLOCK}": loss(of_name["sum, int8"], tensors, others),
+        f"fp8, blocks of {BLOCK}": loss(of_name["sum, fp8"], tensors, others),
     }
 
 
@@ -152,7 +154,7 @@ def formats_of(subject: Subject) -> Mapping[str, dict[str, float]]:
     few = {name: tensor[:: PREFILL // DECODE].contiguous() for name, tensor in whole.items()}
     found = {}
     for form in FORMATS:
-        figures = {"loss": loss(form.hop, whole)}
+        figures = {"loss": loss(form, whole)}
         for kind, tensors in (("decode", few), ("prefill", whole)):
             figures |= {f"{kind} {name}": v for name, v in costs(form, tensors).items()}
         found[form.name] = figures

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from molink.core.errors import WireError
 from molink.engine.activations import pack, pack_coded, split, unpack
@@ -60,6 +62,28 @@ def test_numbers_as_activations_are(dtype: torch.dtype, ratio: float, seed: int)
     assert list(back) == list(NAMES)
     assert {tensor.dtype for tensor in back.values()} == {dtype}
     assert torch.equal(total_bits(back), total_bits(tensors))
+
+
+@pytest.mark.parametrize("norm", [RMSNorm, GemmaRMSNorm])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vllms_own_norms_cannot_tell(
+    norm: type[RMSNorm | GemmaRMSNorm], dtype: torch.dtype, head_config: VllmConfig
+) -> None:
+    """Of the rounded sum they can."""
+    tensors = pair(64, 96, dtype)
+    with set_current_vllm_config(head_config), torch.inference_mode():
+        add_and_norm = norm(96).to(dtype)
+        add_and_norm.weight.normal_()
+
+        def normed(hidden: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+            return list(add_and_norm(hidden.clone(), residual.clone()))
+
+        expected = normed(tensors["hidden_states"], tensors["residual"])
+        back = cross(tensors, dtype)
+        found = normed(back["hidden_states"], back["residual"])
+        rounded = normed(torch.zeros_like(found[1]), tensors["hidden_states"] + tensors["residual"])
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(rounded[0], expected[0])
 
 
 def test_exceptions_cross_beside_the_sum() -> None:
