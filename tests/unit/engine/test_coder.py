@@ -9,7 +9,7 @@ import torch
 from molink.engine import coder as module
 from molink.engine.activations import Parts, StepId, unpack
 from molink.engine.coder import Coder
-from molink.planning.coding import TRIAL_INTERVAL
+from molink.planning.coding import TRIAL_INTERVAL, CodingFigures
 from molink.wire.to_stage import WireCoding
 
 CPU = torch.device("cpu")
@@ -105,6 +105,16 @@ def test_the_first_message_after_the_link_is_known_is_tried(wire: Wire) -> None:
     settle(coder)
     assert coder.figures is not None
     assert 0.6 < coder.figures.ratio < 0.75
+
+
+def test_a_cold_start_is_not_what_coding_costs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold, warm = (CodingFigures(0.5, encode_s, 1e-9) for encode_s in (6e-8, 5e-9))
+    measured = iter([cold, warm])
+    coder = make(wire, "auto", SLOW)
+    monkeypatch.setattr(coder, "_measure", lambda sample: next(measured))
+    coder(StepId(1, 0), {"sum": output(0)})
+    settle(coder)
+    assert coder.figures == warm
 
 
 def test_the_decision_is_made_again_when_the_link_changes(wire: Wire) -> None:
