@@ -4,7 +4,7 @@ One agent sends PREFILL frames without end and, ten times a second, a DECODE mes
 read one clock, so the delay of each DECODE message is of one way. Prints a table, writes JSON,
 asserts nothing.
 
-    python benchmarks/priority.py [PROFILE…] [--seconds S] [--tcp cubic] [--json FILE]
+    python benchmarks/priority.py [PROFILE…] [--seconds S] [--tcp reno] [--json FILE]
 
 Needs root, iproute2 and /dev/net/tun.
 """
