@@ -64,6 +64,7 @@ class Link:
         self.queue = FrameQueue(self._wake.set)
         self._intake = _Intake(self._wake.set)
         self._closed = asyncio.Event()
+        self._heard_at = 0.0
         self._steps_end = 0  # bytes sent, with the last of them that steps wait for
         self.has_delivered = True  # once it has ended: all that steps wait for had arrived
 
@@ -78,12 +79,14 @@ class Link:
     async def run(self, handle: FrameHandler) -> None:
         """Send and receive until either fails; returns at the end of the stream.
 
-        To the side that was dialled, a peer that was killed looks like one that closed.
+        To the side that was dialled, a peer that was killed looks like one that closed; one that
+        has been silent before, to gRPC too, does not.
 
         Raises:
             LinkError: the connection broke.
             WireError: the peer broke the protocol.
         """
+        self._heard_at = time.monotonic()
         receiving = asyncio.create_task(self._receive_all(handle))
         sending = asyncio.create_task(self._send_all())
         closing = asyncio.create_task(self._closed.wait())
@@ -95,6 +98,9 @@ class Link:
             if sending.done():  # when a stream is over, reading tells why
                 await asyncio.wait((receiving,), timeout=LAST_WORDS_S)
             self._settle(receiving if receiving.done() else sending)
+            if (silence_s := time.monotonic() - self._heard_at) > KEEPALIVE_S:
+                reason = f"nothing was heard for {silence_s:.0f} s"
+                raise LinkError(f"link to node {self.peer} broke: {reason}")
         finally:
             for task in tasks:
                 task.cancel()
@@ -148,13 +154,14 @@ class Link:
     async def _receive_all(self, handle: FrameHandler) -> None:
         frames = pieces.Reassembly()
         while (data := await self._stream.read()) is not grpc.aio.EOF:
+            self._heard_at = time.monotonic()
             if data and data[0] == pieces.RECEIPT:
                 receipt, self.queue.paused = pieces.unpack_receipt(data)
-                self.window.on_receipt(receipt, time.monotonic())
+                self.window.on_receipt(receipt, self._heard_at)
                 self._wake.set()
                 continue
             self.bytes_received += len(data)
-            self._intake.arrived(time.monotonic())
+            self._intake.arrived(self._heard_at)
             for header, frame in frames.take(data):
                 waiting = handle(self, header, frame)
                 if waiting is not None:

@@ -232,6 +232,17 @@ async def test_who_waits_for_room_is_let_go_when_the_link_ends(
     assert room.done()
 
 
+async def test_an_end_after_silence_is_no_good_order(
+    ends: tuple[End, End], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends[0].link.send(frame(1), Priority.DECODE)
+    await ends[1].has(1)
+    monkeypatch.setattr("molink.transport.link.KEEPALIVE_S", 0.0)
+    await ends[0].stream.close()
+    with pytest.raises(LinkError, match="nothing was heard for 0 s"):
+        await ends[1].end()
+
+
 @pytest.mark.parametrize("lane", Priority)
 async def test_a_link_that_ends_says_whether_steps_were_lost(
     ends: tuple[End, End], lane: Priority

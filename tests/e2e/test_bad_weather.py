@@ -1,0 +1,108 @@
+"""A link between two stages dies for a while, slows down, and dies for good."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from benchmarks.netlab import Lab, Line, why_not
+from tests.e2e.cluster import Cluster, eventually, tokens
+from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
+from tests.e2e.running import requests_in_flight
+from tests.factories import make_completion, make_prompts
+
+from molink.transport.link import SILENCE_S
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.netns,
+    pytest.mark.timeout(300),
+]
+
+LINE = Line(20e6, 20e6, delay_s=0.01)
+REQUESTS = [
+    make_completion(prompt, max_tokens=60, ignore_eos=True) for prompt in make_prompts([20, 150])
+]
+MEASURED_S = 75.0  # after a link has begun, it has been measured on a machine at rest
+NOTICED_S = 3.0  # after a link is lost, everybody knows
+REPAIR_S = 90.0
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with Lab() as lab:
+        lab.add_host("head")
+        lab.add_host("a")
+        lab.link("head", "a", LINE)
+        yield lab
+
+
+def test_bad_weather(lab: Lab) -> None:
+    lab.call("head", lambda: through_all_weathers(lab))
+
+
+def through_all_weathers(lab: Lab) -> None:
+    flags = [f"--max-model-len={MAX_MODEL_LEN}", "--no-enable-prefix-caching"]
+    cluster = Cluster(BUNDLED, nodes=2, flags=flags, head_arguments=["--listen=0.0.0.0:0"])
+    try:
+        cluster.start_head()
+        there = {"arguments": ["--listen=0.0.0.0:0"], "prefix": lab.prefix("a")}
+        cluster.add_member(name="a", **there)
+        cluster.wait_until_serving()
+        expected = tokens(cluster.ask(REQUESTS))
+        assert [path.way for path in cluster.view().paths] == ["direct"]
+        eventually(lambda: is_measured(cluster), MEASURED_S, "the link's figures are right")
+        for pause_s in (1.0, 5.0):
+            assert meanwhile(cluster, lambda s=pause_s: pause(lab, s)) == expected
+        assert meanwhile(cluster, lambda: lab.set_rate("head", "a", 2e6, 2e6)) == expected
+        lab.set_rate("head", "a", LINE.up, LINE.down)
+        assert cluster.view().epoch == 1
+        lose_it(cluster, lab)
+        assert tokens(cluster.ask(REQUESTS)) == expected
+        cluster.stop()
+    finally:
+        cluster.end()
+
+
+def is_measured(cluster: Cluster) -> bool:
+    """Whether what was measured is what the lab was told."""
+    return all(
+        link.bytes_per_s == pytest.approx(LINE.up / 8, rel=0.25)
+        and link.rtt_s == pytest.approx(2 * LINE.delay_s, abs=0.015)
+        and (link.loss is None or link.loss < 0.05)
+        for link in cluster.view().links
+    )
+
+
+def meanwhile(cluster: Cluster, weather: Callable[[], None]) -> list[list[int]]:
+    """The tokens of requests that run while something happens."""
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(cluster.ask, REQUESTS)
+        eventually(lambda: cluster.metrics()["vllm:num_requests_running"] > 0, 10, "they run")
+        weather()
+        assert not asked.done()
+        return tokens(asked.result(timeout=60))
+
+
+def pause(lab: Lab, seconds: float) -> None:
+    lab.cut("head", "a")
+    time.sleep(seconds)
+    lab.restore("head", "a")
+
+
+def lose_it(cluster: Cluster, lab: Lab) -> None:
+    """Cut the link until its end is noticed; mend it."""
+    running = requests_in_flight(cluster)
+    lab.cut("head", "a")
+    eventually(lambda: cluster.has_status(503), SILENCE_S + NOTICED_S, "the pipeline is down")
+    refusal = cluster.http.post("/v1/completions", json={"model": cluster.model, "prompt": "Hello"})
+    assert refusal.status_code == 503
+    assert "the pipeline is down: a: link to node 1 broke" in refusal.text
+    assert "nothing was heard for" in refusal.text
+    for request in running:
+        request.wait(NOTICED_S)
+        assert request.ended_at is not None
+    lab.restore("head", "a")
+    eventually(lambda: cluster.has_status(200), REPAIR_S, "it serves again")
