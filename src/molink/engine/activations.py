@@ -8,7 +8,7 @@ import torch
 from molink.core.errors import WireError
 from molink.engine.types import dtype_name
 from molink.wire import planes
-from molink.wire.frames import MAX_MESSAGE
+from molink.wire.frames import MAX_MESSAGE, Priority
 from molink.wire.tensors import DTYPE_BYTES, TensorMeta, pack_header, unpack_header
 
 MIN_CODED = 1024  # bytes of a tensor; the table of its codes takes about 60
@@ -23,6 +23,7 @@ class StepId(NamedTuple):
 
     epoch: int
     sequence: int
+    priority: Priority = Priority.DECODE  # of its output on a link
 
 
 def unpack(

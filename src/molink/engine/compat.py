@@ -19,11 +19,13 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import cpu_worker, gpu_worker
 
 from molink.core.plan import LayerRange
 from molink.engine.environment import FLAGS_VARIABLE
 from molink.engine.group import StageGroup
+from molink.engine.loop import Outputs, StepLoop
 
 
 def engine_flags() -> list[str]:
@@ -35,6 +37,21 @@ def engine_flags() -> list[str]:
 def is_pooling(config: VllmConfig) -> bool:
     """Pooling models answer in `execute_model`; breaks if `runner_type` is renamed."""
     return bool(config.model_config.runner_type == "pooling")
+
+
+def use_own_loop() -> None:
+    """Have the engine of this process take results in the order of their coming.
+
+    `EngineCore` steps by this method when it has several steps in flight, and asks `batch_queue`
+    only whether it is empty. Breaks if it looks into it, or waits for results elsewhere.
+    """
+
+    def step(core: Any) -> tuple[Outputs, bool]:
+        if not isinstance(core.batch_queue, StepLoop):
+            core.batch_queue = StepLoop(core)
+        return core.batch_queue.turn()
+
+    EngineCore.step_with_batch_queue = step
 
 
 def strip_for_wire(output: SchedulerOutput) -> None:
@@ -142,6 +159,19 @@ def allocate_input(worker: Any) -> None:
 def known_requests(worker: Any) -> set[str]:
     """Ids of the requests the runner keeps state of."""
     return set(worker.model_runner.requests)
+
+
+def empty_batch(worker: Any) -> None:
+    """Have the runner lay out its next batch afresh, in the order of the step's own lists.
+
+    It keeps rows from step to step, and activations cross as rows. Stages that ran steps in
+    different orders would disagree whose they are. Requests come back from the runner's own state,
+    as they do anyway when micro-batches alternate.
+    """
+    batch = worker.model_runner.input_batch
+    with torch.inference_mode():
+        for request_id in list(batch.req_id_to_index):
+            batch.remove_request(request_id)
 
 
 def forget_requests(worker: Any) -> None:

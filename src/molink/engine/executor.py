@@ -26,11 +26,14 @@ from molink.engine import compat
 from molink.engine.adapters import NoAdapterError, adapter_digest, dropped
 from molink.engine.config import resolve
 from molink.engine.environment import SOCKET_VARIABLE, WIRE_VARIABLE, die_with_parent
+from molink.engine.footprint import traits_of
 from molink.engine.grammar import pack_grammar
+from molink.engine.inbox import Step
 from molink.engine.lost import LostStep
 from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
+from molink.planning.order import StepsInFlight
 from molink.wire.to_engine import PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
 
@@ -59,6 +62,7 @@ class PipelineExecutor(Executor):
 
     def _init_executor(self) -> None:
         die_with_parent()
+        compat.use_own_loop()
         self._codec = build_codec()
         self._wire = WireFormat.from_json(os.environ.get(WIRE_VARIABLE, "{}"))
         self._takes_sum: dict[int, bool] = {}  # by stage: of `hidden_states` and `residual`
@@ -66,6 +70,8 @@ class PipelineExecutor(Executor):
         self._adapters: dict[int, _Adapter] = {}  # by id
         self._is_started = False  # all start-up calls were made and answered
         self._step: tuple[int, int, Future[Any], bool] | None = None
+        self._in_flight = StepsInFlight()
+        self._answers: dict[int, Future[Any]] = {}  # of those steps
         self._session = EngineSession(
             Path(os.environ[SOCKET_VARIABLE]),
             self._codec,
@@ -144,8 +150,18 @@ class PipelineExecutor(Executor):
     def _start(
         self, epoch: int, output: SchedulerOutput, sample_now: bool, future: Future[Any] | None
     ) -> int:
-        result = None if future is None else _LostOnFailure(future)
-        return self._session.start_step(epoch, self._codec.encode((sample_now, output)), result)
+        """Send a step to every stage, with the steps that it must not overtake."""
+        sequence, traits = self._session.new_sequence(), traits_of(output)
+        for earlier in [number for number, answer in self._answers.items() if answer.done()]:
+            del self._answers[earlier]
+            self._in_flight.finish(earlier)
+        is_answered = future is not None
+        after = self._in_flight.start(sequence, traits.footprint, is_answered=is_answered)
+        step = self._codec.encode(tuple(Step(sample_now, traits.is_prefill, after, output)))
+        if future is not None:
+            self._answers[sequence] = future
+        self._session.start_step(epoch, sequence, step, future and _LostOnFailure(future))
+        return sequence
 
     # Calls
 

@@ -11,6 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from molink.core.errors import WireError
 from molink.engine.adapters import dropped
+from molink.engine.footprint import StepTraits, footprint_of
 from molink.engine.lost import LostStep, losses
 from molink.engine.types import build_codec
 from molink.planning.micro_batches import (
@@ -60,7 +61,16 @@ class PipelineScheduler(Scheduler):
         self._limit_adapters()
         num_decodes = self._choose_decodes()
         self.max_num_scheduled_tokens = self._token_budget(num_decodes)
-        return super().schedule(throttle_prefills)
+        output = super().schedule(throttle_prefills)
+        output.traits = self._traits(output)
+        return output
+
+    def _traits(self, output: SchedulerOutput) -> StepTraits:
+        requests = [self.requests[request_id] for request_id in output.num_scheduled_tokens]
+        return StepTraits(
+            is_prefill=any(number > 1 for number in output.num_scheduled_tokens.values()),
+            footprint=footprint_of(output, requests, self.kv_cache_manager),
+        )
 
     def _forget_lost_caches(self) -> None:
         """Empty the caches of a pipeline that was lost, or lost a step.

@@ -60,12 +60,17 @@ class EngineSession:
         threading.Thread(target=self._receive, name="engine-session", daemon=True).start()
         self.pipeline = self._assigned.result()
 
-    def start_step(self, epoch: int, payload: bytes, future: Future[Any] | None) -> int:
+    def new_sequence(self) -> int:
+        """A number for a step; those of later steps and calls are larger."""
+        return next(self._sequence)
+
+    def start_step(
+        self, epoch: int, sequence: int, payload: bytes, future: Future[Any] | None
+    ) -> None:
         """Send one step to every stage; `future` gets the last stage's output. None: no answer.
 
         It fails with StageError if the pipeline of `epoch` is not there any more.
         """
-        sequence = next(self._sequence)
         with self._lock:
             trouble = self.down if epoch == self.pipeline.epoch else "another pipeline serves now"
             if trouble is None and future is not None:
@@ -75,7 +80,6 @@ class EngineSession:
             self._send(Kind.STEP, EVERY_STAGE, payload, sequence, epoch)
         elif future is not None:
             future.set_exception(StageError(trouble))
-        return sequence
 
     def sample(self, epoch: int, sequence: int, payload: bytes) -> None:
         """Send the grammar of a step that waits for it."""

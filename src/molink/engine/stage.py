@@ -1,26 +1,23 @@
 """The process of a stage (one per tensor-parallel rank): inbox → run → answer.
 
-Everything it reads comes from its agent's local socket. Steps run in the order in which the engine
-made them; while a step's input has not arrived, calls of a newer epoch interrupt the wait before
-any state is touched.
+Everything it reads comes from its agent's local socket, in the order of `engine.inbox`. A step
+begins when its input is there, so nothing that waits has touched any state.
 """
 
 import logging
 import threading
 import time
-from collections import deque
 from typing import Any
 
-import torch
-
 from molink.core.errors import HubError, MolinkError, StageError, UsageError
-from molink.core.ids import HEAD, Address, NodeId, Port
+from molink.core.ids import Address, NodeId, Port
 from molink.engine.activations import Parts, StepId
 from molink.engine.grammar import unpack_grammar
+from molink.engine.inbox import Inbox, StepAbandonedError, Turn
 from molink.engine.objections import one_line
 from molink.engine.worker import StageOptions, StageWorker
 from molink.transport.local import LocalSocket
-from molink.wire import to_agent, to_stage
+from molink.wire import to_agent
 from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
@@ -28,65 +25,6 @@ from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 logger = logging.getLogger("molink.stage")
 REPORT_INTERVAL_S = 1.0
-MAX_PARTS = 1024  # that wait for their steps; a pipeline has a few steps in flight
-ENGINE = Address(HEAD, Port.ENGINE)
-
-
-class StepAbandonedError(Exception):
-    """A newer epoch began while a step waited for its input."""
-
-
-class Inbox:
-    """Sorts what the agent delivers: steps and calls in order, activations and grammars by step.
-
-    Only the engine orders steps and begins epochs; activations come from `previous` alone.
-    """
-
-    def __init__(self, socket: LocalSocket) -> None:
-        self._socket = socket
-        self._agent = Address(socket.address.node, Port.AGENT)
-        self._ordered: deque[Message] = deque()
-        self._parts: dict[tuple[Kind, int], Message] = {}
-        self.epoch = 0
-        self.previous: Address | None = None  # the stage before this one
-        self.link_rates: dict[int, float] = {}  # bytes a second, by node
-
-    def next(self) -> Message:
-        """The next step or call."""
-        while not self._ordered:
-            self._receive()
-        return self._ordered.popleft()
-
-    def part(self, kind: Kind, sequence: int) -> Message:
-        """The activations or grammar of a step.
-
-        Raises:
-            StepAbandonedError: a newer epoch began.
-        """
-        epoch = self.epoch
-        while (kind, sequence) not in self._parts:
-            self._receive()
-            if self.epoch != epoch:
-                raise StepAbandonedError
-        return self._parts.pop((kind, sequence))
-
-    def _receive(self) -> None:
-        message = self._socket.receive()
-        if message.kind == Kind.CONTROL and message.source == self._agent:
-            self.link_rates = to_stage.decode(message.payload).bytes_per_s
-        if message.source == ENGINE and message.epoch > self.epoch:
-            self.epoch = message.epoch
-            self._parts.clear()
-            self._ordered.clear()
-        if message.epoch != self.epoch:
-            return
-        expected = self.previous if message.kind == Kind.ACTIVATIONS else ENGINE
-        if message.source != expected:
-            return
-        if message.kind in (Kind.STEP, Kind.CALL):
-            self._ordered.append(message)
-        elif message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE) and len(self._parts) < MAX_PARTS:
-            self._parts[message.kind, message.sequence] = message
 
 
 class StageLoop:
@@ -96,7 +34,7 @@ class StageLoop:
         self._socket = socket
         self._codec = codec
         self._options = options
-        self._inbox = Inbox(socket)
+        self._inbox = Inbox(socket, codec)
         self._worker: StageWorker | None = None
         self.counters = to_agent.StageCounters()
 
@@ -112,17 +50,17 @@ class StageLoop:
         threading.Thread(target=self._report, name="stage-counters", daemon=True).start()
         while True:
             waiting_since = time.perf_counter()
-            message = self._inbox.next()
+            turn = self._inbox.next()
             self.counters.waiting_s += time.perf_counter() - waiting_since
-            if message.kind == Kind.CALL:
-                self._call(message)
-            elif message.kind == Kind.STEP:
-                try:
-                    self._step(message)
-                except StepAbandonedError:
-                    continue
-                except UsageError as error:  # of an adapter: the node served well until now
-                    raise StageError(str(error)) from error
+            if turn.message.kind == Kind.CALL:
+                self._call(turn)
+                continue
+            try:
+                self._step(turn)
+            except StepAbandonedError:
+                continue
+            except UsageError as error:  # of an adapter: the node served well until now
+                raise StageError(str(error)) from error
 
     def _report(self) -> None:
         agent = Address(self._socket.address.node, Port.AGENT)
@@ -132,13 +70,15 @@ class StageLoop:
 
     # Steps
 
-    def _step(self, message: Message) -> None:
-        worker = self._loaded()
-        sample_now, output = self._codec.decode(message.payload)
+    def _step(self, turn: Turn) -> None:
+        worker, message = self._loaded(), turn.message
+        sample_now, is_prefill, _, output = turn.content
         has_tokens = output.total_num_scheduled_tokens > 0
-        step = StepId(message.epoch, message.sequence)
-        needs_input = has_tokens and not worker.group.is_first_rank
-        worker.group.begin(step, self._input(worker, message) if needs_input else None)
+        priority = Priority.PREFILL if is_prefill else Priority.DECODE
+        worker.group.begin(
+            StepId(message.epoch, message.sequence, priority),
+            turn.activations and worker.unpack(turn.activations.payload),
+        )
         started = time.perf_counter()
         result = worker.execute_model(output)
         if has_tokens and worker.group.is_last_rank:
@@ -150,17 +90,10 @@ class StageLoop:
         self.counters.compute_s += time.perf_counter() - started
         self.counters.steps += 1
 
-    def _input(self, worker: StageWorker, step: Message) -> dict[str, torch.Tensor]:
-        waiting_since = time.perf_counter()
-        message = self._inbox.part(Kind.ACTIVATIONS, step.sequence)
-        self.counters.waiting_s += time.perf_counter() - waiting_since
-        return worker.unpack(message.payload)
-
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:
             return None
-        payload = self._inbox.part(Kind.SAMPLE, sequence).payload
-        return self._codec.decode(unpack_grammar(payload))
+        return self._codec.decode(unpack_grammar(self._inbox.grammar(sequence).payload))
 
     def _emit(self, step: StepId, parts: Parts) -> None:
         """Hand a step's output to the agent for the next stage; rank 0 has whole tensors."""
@@ -169,15 +102,15 @@ class StageLoop:
                 Kind.ACTIVATIONS,
                 Address(NodeId(self._loaded().next_node), Port.STAGE),
                 parts,
-                priority=Priority.DECODE,
+                priority=step.priority,
                 epoch=step.epoch,
                 sequence=step.sequence,
             )
 
     # Calls
 
-    def _call(self, message: Message) -> None:
-        method, args, kwargs = self._codec.decode(message.payload)
+    def _call(self, turn: Turn) -> None:
+        message, (method, args, kwargs) = turn.message, turn.content
         try:
             answer = self._answer(method, args, kwargs)
         except MolinkError as error:

@@ -163,6 +163,7 @@ class StageWorker:
 
     def execute_model(self, output: SchedulerOutput) -> Any:
         """Run the layers; None means that `sample` comes next."""
+        compat.empty_batch(self._worker.worker)
         return self._worker.execute_model(output)
 
     def sample(self, output: SchedulerOutput, grammar: GrammarOutput | None) -> Any:

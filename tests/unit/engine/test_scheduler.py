@@ -39,11 +39,13 @@ Make = Callable[[int], "Engine"]
 class Engine:
     """What `EngineCore.step_with_batch_queue` does with a scheduler and a pipeline."""
 
-    def __init__(self, config: VllmConfig, grammars: StructuredOutputManager) -> None:
+    def __init__(
+        self, config: VllmConfig, grammars: StructuredOutputManager, num_blocks: int = NUM_BLOCKS
+    ) -> None:
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
         self.scheduler = PipelineScheduler(
             vllm_config=config,
-            kv_cache_config=KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)]),
+            kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
             structured_output_manager=grammars,
             block_size=BLOCK,
         )
@@ -100,7 +102,7 @@ class Engine:
         """Every block is free again; one is vLLM's own."""
         assert not self.scheduler.requests
         pool = self.scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == NUM_BLOCKS - 1
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
 @pytest.fixture(scope="module")

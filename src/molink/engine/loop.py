@@ -1,0 +1,92 @@
+"""The engine's loop over a pipeline: many steps in flight, results in the order of their coming.
+
+vLLM's own loop waits for the oldest step, and new requests wait with it. This one takes whichever
+result is there, and starts a step whenever one can be made.
+"""
+
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequestType
+from vllm.v1.outputs import ModelRunnerOutput
+
+Outputs = dict[int, EngineCoreOutputs] | None
+
+
+class _Done(NamedTuple):
+    output: SchedulerOutput
+    future: Future[ModelRunnerOutput]
+    started_at: float  # seconds
+
+
+class StepLoop:
+    """One turn of an `EngineCore` at a time; stands where vLLM keeps its batch queue.
+
+    Owns which steps are in flight. Their futures are resolved in other threads, which wake the
+    engine through its input queue: so it waits for results and for requests at once.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._in_flight = 0  # steps started whose results have not been taken
+        self._done: deque[_Done] = deque()
+        self._may_schedule = True  # something has happened since there was nothing to do
+
+    def __len__(self) -> int:
+        """The engine has work while this is not 0."""
+        return self._in_flight
+
+    def turn(self) -> tuple[Outputs, bool]:
+        """Take one result, or start one step, or wait for something to happen.
+
+        Returns:
+            Outputs by client, and whether to come back at once.
+        """
+        if not self._done and not self._may_schedule and self._in_flight:
+            self._core._handle_client_request(*self._core.input_queue.get())
+            self._may_schedule = True
+        elif not self._done and self._core.scheduler.has_requests():
+            return self._start()
+        if self._done:
+            return self._take(self._done.popleft()), True
+        return None, self._in_flight > 0
+
+    def _start(self) -> tuple[Outputs, bool]:
+        core = self._core
+        output = core.scheduler.schedule(core._should_throttle_prefills())
+        with core.log_error_detail(output):
+            future = core.model_executor.execute_model(output, non_block=True)
+        if output.total_num_scheduled_tokens == 0:
+            self._may_schedule = False
+            return core.scheduler.update_from_output(output, future.result()), self._in_flight > 0
+        if not core.is_pooling_model:
+            grammar = core.scheduler.get_grammar_bitmask(output)
+            future = core.model_executor.sample_tokens(grammar, non_block=True)
+        self._in_flight += 1
+        started_at = time.monotonic()
+        future.add_done_callback(lambda done: self._finished(_Done(output, done, started_at)))
+        return None, True
+
+    def _finished(self, done: _Done) -> None:
+        self._done.append(done)
+        self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def _take(self, done: _Done) -> dict[int, EngineCoreOutputs]:
+        core, output = self._core, done.output
+        self._in_flight -= 1
+        self._may_schedule = True
+        with (
+            core.capture_iteration_details(output) as details,
+            core.log_error_detail(output),
+        ):
+            result = done.future.result()
+        core._process_aborts_queue()  # of what was aborted meanwhile
+        outputs: dict[int, EngineCoreOutputs] = core.scheduler.update_from_output(output, result)
+        if details is not None:
+            details.elapsed_ms = 1e3 * (time.monotonic() - done.started_at)
+        core._attach_iteration_details(outputs, details)
+        core._attach_weight_version(outputs)
+        return outputs
