@@ -29,9 +29,11 @@ from molink.engine.adapters import adapter_digest
 from molink.engine.config import resolve
 from molink.engine.environment import FLAGS_VARIABLE, SOCKET_VARIABLE
 from molink.engine.executor import PipelineExecutor
+from molink.engine.footprint import StepTraits
 from molink.engine.grammar import unpack_grammar
 from molink.engine.lost import LostStep
 from molink.engine.types import build_codec
+from molink.planning.order import Footprint
 from molink.wire import to_agent, to_engine
 from molink.wire.assembly import Message
 from molink.wire.frames import Kind
@@ -212,6 +214,14 @@ def step_of(*request_ids: str, grammar: bool = False) -> SchedulerOutput:
     output.num_scheduled_tokens = dict.fromkeys(request_ids, 1)
     output.total_num_scheduled_tokens = len(request_ids)
     output.has_structured_output_requests = grammar
+    return with_traits(output)
+
+
+def with_traits(output: SchedulerOutput, *blocks: int) -> SchedulerOutput:
+    """As the scheduler leaves it: a step that reads and writes these KV blocks."""
+    requests = frozenset(output.num_scheduled_tokens) | output.finished_req_ids
+    written = frozenset(blocks)
+    output.traits = StepTraits(False, Footprint(requests, written, written))  # type: ignore[attr-defined]
     return output
 
 
@@ -319,7 +329,7 @@ def test_a_step_goes_once_to_every_stage_and_its_output_is_the_last_ones(head: H
     expected = step_of("a", "b")
     expected.scheduled_cached_reqs.all_token_ids = {}
     assert (step.kind, step.node, step.epoch) == (Kind.STEP, EVERY_STAGE, 1)
-    assert step.content == (True, expected)
+    assert step.content == (True, False, [], expected)
     assert not future.done()
     head.agent.finish(step, answer_of("a", "b"))
     assert future.result(0) == answer_of("a", "b")
@@ -354,10 +364,10 @@ def test_a_step_without_tokens_is_resolved_here(head: Head) -> None:
 def test_a_step_without_tokens_that_says_something_is_sent_one_way(head: Head) -> None:
     output = SchedulerOutput.make_empty()
     output.finished_req_ids = {"a"}
-    assert run(head, output).result(0) is EMPTY_MODEL_RUNNER_OUTPUT
+    assert run(head, with_traits(output)).result(0) is EMPTY_MODEL_RUNNER_OUTPUT
     [step] = head.agent.sent
     assert (step.kind, step.node) == (Kind.STEP, EVERY_STAGE)
-    assert step.content[1].finished_req_ids == {"a"}
+    assert step.content[3].finished_req_ids == {"a"}
     head.executor._session.report(None)
     assert head.agent.sent[-1].content.steps_in_flight == 0  # nothing is waited for
 
@@ -410,6 +420,29 @@ def test_a_call_while_the_pipeline_is_down_fails(head: Head) -> None:
     head.agent.pipeline = pipeline(nodes=[4, 0, 8])  # who is gone answers nothing
     with pytest.raises(StageError, match="node-7 went away"):
         head.executor.collective_rpc("list_loras", timeout=0.1)
+
+
+def test_a_step_names_those_it_must_not_overtake(head: Head) -> None:
+    run(head, with_traits(step_of("a"), 1, 2))
+    run(head, with_traits(step_of("b"), 3))
+    run(head, with_traits(step_of("c"), 2))
+    first, *others = head.agent.of(Kind.STEP)
+    assert [step.content[2] for step in others] == [[], [first.sequence]]
+    head.agent.finish(first, answer_of("a"))
+    run(head, with_traits(step_of("d"), 1, 2))
+    assert head.agent.of(Kind.STEP)[-1].content[2] == [others[1].sequence]
+
+
+def test_a_lost_pipeline_binds_no_step_of_the_next(head: Head) -> None:
+    run(head, with_traits(step_of("a"), 1))
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    head.agent.lose("node-7 went away")
+    reported = wait_for_report(head.executor)
+    head.agent.pipeline = pipeline(epoch=2)
+    head.agent.tell(PipelineRepaired(head.agent.pipeline, []))
+    assert reported.result(10) is None
+    run(head, with_traits(step_of("a"), 1))
+    assert head.agent.of(Kind.STEP)[-1].content[2] == []
 
 
 # --- calls

@@ -53,7 +53,7 @@ def test_output_is_sent_under_the_step_that_runs() -> None:
     for number, output in enumerate(outputs):
         stage.begin(StepId(4, number), activations())
         stage.isend_tensor_dict(output, all_gather_group=None, all_gather_tensors={})
-    assert [step for step, _ in sent] == [(4, 0), (4, 1)]
+    assert [step for step, _ in sent] == [StepId(4, 0), StepId(4, 1)]
     assert all(tensors is output for (_, tensors), output in zip(sent, outputs, strict=True))
 
 

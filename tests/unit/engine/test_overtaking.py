@@ -95,6 +95,7 @@ class Socket:
 
     def __init__(self) -> None:
         self.arrived: deque[Message] = deque()
+        self.address = Address(NodeId(0), Port.STAGE)
 
     def receive(self) -> Message:
         return self.arrived.popleft()  # IndexError: the stage would wait

@@ -15,7 +15,7 @@ def test_on_a_cpu_output_leaves_at_once_and_nothing_waits_for_it() -> None:
     assert isinstance(send, CpuSender)
     assert send(StepId(2, 7), {"hidden_states": torch.ones(2, 3)}) == []
     [(step, tensors)] = sent
-    assert step == (2, 7)
+    assert step == StepId(2, 7)
     assert torch.equal(tensors["hidden_states"], torch.ones(2, 3))
 
 
