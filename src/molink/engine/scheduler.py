@@ -32,6 +32,7 @@ class PipelineScheduler(Scheduler):
         self._refused: list[Request] = []
         self._losses = losses.count  # those that the prefix cache knows of
         self._num_stages: int = self.parallel_config.pipeline_parallel_size
+        self._steps_in_flight = 0
         self._max_tokens: int = self.max_num_scheduled_tokens
         self._enough = pending_that_fills(self._max_tokens, self._num_stages)
 
@@ -60,9 +61,11 @@ class PipelineScheduler(Scheduler):
         self._forget_lost_caches()
         self._limit_adapters()
         num_decodes = self._choose_decodes()
-        self.max_num_scheduled_tokens = self._token_budget(num_decodes)
+        is_full = self._steps_in_flight >= self._num_stages
+        self.max_num_scheduled_tokens = 0 if is_full else self._token_budget(num_decodes)
         output = super().schedule(throttle_prefills)
         output.traits = self._traits(output)
+        self._steps_in_flight += output.total_num_scheduled_tokens > 0
         return output
 
     def _traits(self, output: SchedulerOutput) -> StepTraits:
@@ -139,6 +142,7 @@ class PipelineScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         ended, self._refused = self._refused, []
+        self._steps_in_flight -= scheduler_output.total_num_scheduled_tokens > 0
         if isinstance(model_runner_output, LostStep):
             ended += self.finish_requests(None, RequestStatus.FINISHED_ERROR)
             self._losses = UNKNOWN
