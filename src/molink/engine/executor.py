@@ -34,7 +34,7 @@ from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
 from molink.planning.order import StepsInFlight
-from molink.wire.to_engine import PipelineRepaired
+from molink.wire.to_engine import PathMeasured, PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
 
 logger = logging.getLogger("molink.engine")
@@ -120,6 +120,11 @@ class PipelineExecutor(Executor):
         return [stage.node for stage in self._session.pipeline.stages]
 
     # Steps
+
+    @property
+    def path(self) -> PathMeasured | None:
+        """What stages and links cost, as last heard."""
+        return self._session.path
 
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         epoch, down = self._session.pipeline.epoch, self._session.down

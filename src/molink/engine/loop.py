@@ -56,6 +56,7 @@ class StepLoop:
 
     def _start(self) -> tuple[Outputs, bool]:
         core = self._core
+        core.scheduler.take_path(core.model_executor.path)
         output = core.scheduler.schedule(core._should_throttle_prefills())
         with core.log_error_detail(output):
             future = core.model_executor.execute_model(output, non_block=True)

@@ -14,11 +14,8 @@ from molink.engine.adapters import dropped
 from molink.engine.footprint import StepTraits, footprint_of
 from molink.engine.lost import LostStep, losses
 from molink.engine.types import build_codec
-from molink.planning.micro_batches import (
-    decodes_per_step,
-    pending_that_fills,
-    prefill_tokens_per_step,
-)
+from molink.planning.pace import Load, Pace, Share
+from molink.wire.to_engine import PathMeasured
 
 UNKNOWN = -1  # losses: what the stages hold fits no count
 
@@ -31,10 +28,11 @@ class PipelineScheduler(Scheduler):
         self._codec = build_codec()
         self._refused: list[Request] = []
         self._losses = losses.count  # those that the prefix cache knows of
-        self._num_stages: int = self.parallel_config.pipeline_parallel_size
-        self._steps_in_flight = 0
-        self._max_tokens: int = self.max_num_scheduled_tokens
-        self._enough = pending_that_fills(self._max_tokens, self._num_stages)
+        self.max_num_scheduled_tokens: int
+        self._max_tokens = self.max_num_scheduled_tokens
+        self._pace = Pace(self.parallel_config.pipeline_parallel_size, self._max_tokens)
+        self._path: PathMeasured | None = None
+        self._in_flight = [0, 0]  # steps without and with prompt tokens
 
     def add_request(self, request: Request) -> None:
         """Take a request, or end it at once if no step could carry it.
@@ -57,16 +55,41 @@ class PipelineScheduler(Scheduler):
     def _adapter_of(self, request: Request) -> int | None:
         return request.lora_request.lora_int_id if request.lora_request else None
 
+    def take_path(self, path: PathMeasured | None) -> None:
+        """Learn what stages and links of the pipeline cost."""
+        if path is not None and path is not self._path:
+            self._path = path
+            self._pace.take(path)
+
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._forget_lost_caches()
         self._limit_adapters()
-        num_decodes = self._choose_decodes()
-        is_full = self._steps_in_flight >= self._num_stages
-        self.max_num_scheduled_tokens = 0 if is_full else self._token_budget(num_decodes)
-        output = super().schedule(throttle_prefills)
+        share = self._pace.next(self._load())
+        decodes = self._ready_decodes()
+        for request in decodes[share.num_decodes :]:
+            self._hold_back(request)
+        is_decode_only = share.num_decodes > 0 and share.num_prefill_tokens == 0
+        self.prefill_capacity_bound = False  # otherwise vLLM may not throttle
+        self.max_num_scheduled_tokens = self._token_budget(share)
+        output = super().schedule(throttle_prefills or is_decode_only)
         output.traits = self._traits(output)
-        self._steps_in_flight += output.total_num_scheduled_tokens > 0
+        self._count(output, 1)
         return output
+
+    def _count(self, output: SchedulerOutput, by: int) -> None:
+        """Steps in flight, of each kind."""
+        if output.total_num_scheduled_tokens:
+            self._in_flight[output.traits.is_prefill] += by
+
+    def _load(self) -> Load:
+        decoding = [r for r in self.running if not r.is_prefill_chunk]
+        return Load(
+            num_decoding=len(decoding),
+            num_ready=len(self._ready_decodes()),
+            pending=self._pending_prefill(),
+            decode_steps=self._in_flight[False],
+            prefill_steps=self._in_flight[True],
+        )
 
     def _traits(self, output: SchedulerOutput) -> StepTraits:
         requests = [self.requests[request_id] for request_id in output.num_scheduled_tokens]
@@ -116,33 +139,30 @@ class PipelineScheduler(Scheduler):
             else:
                 self._hold_back(request)
 
-    def _choose_decodes(self) -> int:
-        """Hold back the decodes that make this step larger than its share; how many stay."""
-        num_decoding = sum(r.num_tokens - r.num_computed_tokens <= 1 for r in self.running)
-        ready = [r for r in self._ready() if r.num_tokens - r.num_computed_tokens == 1]
-        share = decodes_per_step(num_decoding, self._num_stages)
-        for request in ready[share:]:
-            self._hold_back(request)
-        return min(len(ready), share)
+    def _ready_decodes(self) -> list[Request]:
+        return [r for r in self._ready() if not r.is_prefill_chunk]
 
-    def _token_budget(self, num_decodes: int) -> int:
-        """The chosen decodes, and as much prefill as lets every stage start early."""
-        if not self.scheduler_config.enable_chunked_prefill:
-            return self._max_tokens
+    def _pending_prefill(self) -> int:
+        """Prompt tokens that are in no step yet, counted as far as it matters."""
         pending = 0
-        begun = (r for r in self.running if r.num_tokens - r.num_computed_tokens > 1)
+        begun = (r for r in self.running if r.is_prefill_chunk)
         for request in chain(begun, self.waiting):
             pending += request.num_tokens - request.num_computed_tokens
-            if pending > self._enough:
+            if pending > self._pace.max_pending:
                 break
-        budget = num_decodes + prefill_tokens_per_step(pending, self._num_stages)
-        return max(1, min(budget, self._max_tokens))
+        return pending
+
+    def _token_budget(self, share: Share) -> int:
+        """Tokens of the next step; whole prompts if vLLM may not cut them."""
+        if share.num_prefill_tokens and not self.scheduler_config.enable_chunked_prefill:
+            return int(self._max_tokens)
+        return share.num_decodes + share.num_prefill_tokens
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         ended, self._refused = self._refused, []
-        self._steps_in_flight -= scheduler_output.total_num_scheduled_tokens > 0
+        self._count(scheduler_output, -1)
         if isinstance(model_runner_output, LostStep):
             ended += self.finish_requests(None, RequestStatus.FINISHED_ERROR)
             self._losses = UNKNOWN

@@ -21,7 +21,7 @@ from molink.wire import to_agent, to_engine
 from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
-from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired
+from molink.wire.to_engine import PathMeasured, PipelineAssigned, PipelineDown, PipelineRepaired
 
 logger = logging.getLogger("molink.engine")
 _Key = tuple[Kind, int, int, int]  # kind, sequence, node, rank
@@ -55,6 +55,7 @@ class EngineSession:
         self._lock = threading.Lock()  # of what follows
         self._lost: str | None = None  # why calls are not answered either
         self.down: str | None = None  # why steps are not taken
+        self.path: PathMeasured | None = None  # the latest
         self._assigned: Future[PipelineAssigned] = Future()
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
         threading.Thread(target=self._receive, name="engine-session", daemon=True).start()
@@ -161,6 +162,8 @@ class EngineSession:
         match to_engine.decode(message.payload):
             case PipelineAssigned() as pipeline:
                 self._assigned.set_result(pipeline)
+            case PathMeasured() as path:
+                self.path = path
             case PipelineDown(reason=reason):
                 self._fail_all(reason)
                 if not self._assigned.done():

@@ -16,11 +16,14 @@ from molink.engine.grammar import unpack_grammar
 from molink.engine.inbox import Inbox, StepAbandonedError, Turn
 from molink.engine.objections import one_line
 from molink.engine.worker import StageOptions, StageWorker
+from molink.planning.costs import LineFit
+from molink.planning.micro_batches import DECODE_COST_TOKENS, STEP_COST_TOKENS
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent
 from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
+from molink.wire.to_agent import StepCost
 from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 logger = logging.getLogger("molink.stage")
@@ -37,6 +40,8 @@ class StageLoop:
         self._inbox = Inbox(socket, codec)
         self._worker: StageWorker | None = None
         self.counters = to_agent.StageCounters()
+        self._bytes_out = self._tokens = 0  # since the last report
+        self._costs = {False: LineFit(DECODE_COST_TOKENS), True: LineFit(STEP_COST_TOKENS)}
 
     def run(self) -> None:
         """Serve until the agent's socket closes.
@@ -65,6 +70,9 @@ class StageLoop:
     def _report(self) -> None:
         agent = Address(self._socket.address.node, Port.AGENT)
         while True:
+            if self._tokens:
+                self.counters.bytes_per_token = self._bytes_out / self._tokens
+                self._bytes_out = self._tokens = 0
             self._socket.send(Kind.CONTROL, agent, [to_agent.encode(self.counters)])
             time.sleep(REPORT_INTERVAL_S)
 
@@ -87,8 +95,22 @@ class StageLoop:
             self._reply(Kind.RESULT, message, result)
         elif has_tokens:
             worker.sample(output, None)
-        self.counters.compute_s += time.perf_counter() - started
-        self.counters.steps += 1
+        if has_tokens:
+            seconds = time.perf_counter() - started
+            self._count(output.total_num_scheduled_tokens, is_prefill, seconds)
+
+    def _count(self, tokens: int, is_prefill: bool, seconds: float) -> None:
+        counters, fit = self.counters, self._costs[is_prefill]
+        counters.steps += 1
+        counters.compute_s += seconds
+        self._tokens += tokens
+        fit.add(tokens, seconds)
+        line = fit.line
+        cost = StepCost(line.fixed_s, line.per_token_s) if line else None
+        if is_prefill:
+            counters.prefill = cost
+        else:
+            counters.decode = cost
 
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:
@@ -98,6 +120,7 @@ class StageLoop:
     def _emit(self, step: StepId, parts: Parts) -> None:
         """Hand a step's output to the agent for the next stage; rank 0 has whole tensors."""
         if self._socket.rank == 0:
+            self._bytes_out += sum(map(len, parts))
             self._socket.send(
                 Kind.ACTIVATIONS,
                 Address(NodeId(self._loaded().next_node), Port.STAGE),

@@ -10,6 +10,7 @@ from molink.cluster.view import make_view
 from molink.core.ids import HEAD, NodeId
 from molink.node.deployment import Deployment
 from molink.node.switch import Switch
+from molink.wire.to_agent import StageCounters
 from molink.wire.to_engine import PathMeasured
 from molink.wire.to_head import NodeReport
 
@@ -59,12 +60,14 @@ class Reports:
         return msgspec.json.encode(view)
 
     def path(self) -> PathMeasured | None:
-        """The links of the pipeline that the engine was told of; None while there is none."""
+        """Stages and links of the pipeline that the engine was told of; None without one."""
         assigned = self._deployment.assigned
         if assigned is None or self._deployment.is_down:
             return None
         nodes = [NodeId(stage.node) for stage in assigned.stages]
-        return PathMeasured(assigned.epoch, measured_hops(nodes, self._all()))
+        reports = self._all()
+        stages = [reports[n].stage if n in reports else StageCounters() for n in nodes]
+        return PathMeasured(assigned.epoch, measured_hops(nodes, reports), stages)
 
     def _all(self) -> dict[NodeId, NodeReport]:
         return self._latest | {HEAD: self._own()}

@@ -1,35 +1,120 @@
-"""How much work one step takes, so that all stages of a pipeline are busy."""
+"""How many steps are in flight over a pipeline, and how much work each takes."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
 
+from molink.planning.costs import Line
+
+MAX_STEPS = 16  # in flight, of one kind
+HYSTERESIS = 0.05  # what another number of micro-batches must gain, as a share of the round
 STEP_COST_TOKENS = 128
-"""Fixed cost of a step (weights are read, a message crosses), in prompt tokens of equal time."""
+"""Fixed cost of a prefill step (weights are read, a message crosses), in prompt tokens of equal
+time, where it has not been measured."""
+DECODE_COST_TOKENS = 32
+"""The same of a decode step."""
 
 
-def prefill_tokens_per_step(pending: int, num_stages: int) -> int:
-    """Prompt tokens to put into the next step when `pending` wait.
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """What a step passes on its way from the engine through all stages and back.
 
-    Cut into k steps, they pass N stages in (k + N - 1) · (pending / k + STEP_COST_TOKENS), in units
-    of one token's time on one stage: large steps leave later stages idle at the start and early
-    ones at the end, small ones pay the fixed cost more often. The minimum is at
-    k = sqrt(pending · (N - 1) / STEP_COST_TOKENS). With one stage, one step takes everything.
+    `stages` and `hops` are the seconds of each stage's compute and of each link's transfer, for a
+    step of so many tokens; nothing else is known to share them.
     """
-    if num_stages == 1 or pending <= 1:
-        return pending
-    steps = round(math.sqrt(pending * (num_stages - 1) / STEP_COST_TOKENS))
-    return math.ceil(pending / max(steps, 1))
+
+    stages: tuple[Line, ...]
+    hops: tuple[Line, ...] = ()
+    delay_s: float = 0.0  # sum of the one-way delays
+
+    def busiest_s(self, tokens: float) -> float:
+        """The least time between two such steps."""
+        return max(line(tokens) for line in (*self.stages, *self.hops))
+
+    def trip_s(self, tokens: float) -> float:
+        """From the engine and back, with nothing in the way."""
+        return sum(line(tokens) for line in (*self.stages, *self.hops)) + self.delay_s
+
+    @property
+    def is_bound_by_links(self) -> bool:
+        """Whether every additional token costs a link more than any stage."""
+        slowest = max(line.per_token_s for line in self.stages)
+        return any(hop.per_token_s > slowest for hop in self.hops)
 
 
-def pending_that_fills(max_tokens: int, num_stages: int) -> int:
-    """Prompt tokens beyond which a step takes `max_tokens` anyway, so that counting can stop."""
-    return 2 * (max_tokens + max_tokens**2 * (num_stages - 1) // STEP_COST_TOKENS)
+def unmeasured(num_stages: int, cost_tokens: int) -> Ring:
+    """A ring of equal stages without delay, in units of one token's time."""
+    return Ring((Line(float(cost_tokens), 1.0),) * num_stages)
 
 
-def decodes_per_step(num_decoding: int, num_stages: int) -> int:
+def round_s(ring: Ring, num_decoding: int, num_steps: int) -> float:
+    """Seconds until every request has its next token, when so many steps share them."""
+    tokens = decodes_per_step(num_decoding, num_steps)
+    return max(num_steps * ring.busiest_s(tokens), ring.trip_s(tokens))
+
+
+def micro_batches(ring: Ring, num_decoding: int, current: int) -> int:
+    """Decode steps to have in flight: those of the shortest round.
+
+    More of them hide delays and keep every stage busy; each pays the fixed costs once more. Where
+    several are as good, as many as there are stages, then the fewest; `current` stays unless
+    another gains HYSTERESIS.
+    """
+    largest = max(1, min(num_decoding, MAX_STEPS))
+    if num_decoding <= 1:
+        return 1
+    rounds = {n: round_s(ring, num_decoding, n) for n in range(1, largest + 1)}
+    if current in rounds and rounds[current] <= (1 + HYSTERESIS) * min(rounds.values()):
+        return current
+    stages = len(ring.stages)
+    return min(rounds, key=lambda n: (rounds[n], n < stages, n))
+
+
+def decodes_per_step(num_decoding: int, num_steps: int) -> int:
     """Requests that decode in one step when `num_decoding` do so now, in any step.
 
-    As many steps are in flight as there are stages, and a request is in one of them. Each passes
-    every stage once a round, so the round takes `num_stages` times the largest step: equal steps
-    make the shortest round.
+    A round takes `num_steps` times the largest step: equal steps make the shortest round.
     """
-    return math.ceil(num_decoding / num_stages)
+    return math.ceil(num_decoding / num_steps)
+
+
+def steps_that_fill(ring: Ring, tokens: int) -> int:
+    """Steps of this size in flight that keep the busiest stage or link busy (Little's law)."""
+    return min(MAX_STEPS, math.ceil(ring.trip_s(tokens) / ring.busiest_s(tokens)))
+
+
+@lru_cache(maxsize=256)
+def prefill_tokens_per_step(ring: Ring, pending: int, max_stage_s: float = math.inf) -> int:
+    """Prompt tokens to put into the next step when `pending` wait.
+
+    Cut into k steps they pass stages and links in trip(pending / k) + (k - 1) · busiest(pending /
+    k): large steps leave later stages idle at the start and early ones at the end, small ones pay
+    the fixed cost more often. Where a link is the busiest this makes a chunk's transfer about as
+    long as one stage's compute; there none is so small that its compute is mostly fixed cost.
+
+    Args:
+        max_stage_s: seconds for which one step may keep a stage busy.
+    """
+    slowest = max(ring.stages, key=lambda line: line.per_token_s)
+    least = 1.0
+    if ring.is_bound_by_links and slowest.per_token_s:
+        least = slowest.fixed_s / slowest.per_token_s
+    most = max(least, (max_stage_s - slowest.fixed_s) / (slowest.per_token_s or 1e-9))
+    if pending <= least:
+        return pending
+    first = max(1, math.ceil(pending / most)) if most < math.inf else 1
+    last = max(first, min(int(pending / least), first + 512))
+    return math.ceil(pending / min(_counts(first, last), key=lambda k: _makespan(ring, pending, k)))
+
+
+def _counts(first: int, last: int) -> Iterable[int]:
+    """Numbers of steps to try: every one of the first, then every eighth part more."""
+    while first <= last:
+        yield first
+        first += max(1, first // 8)
+
+
+def _makespan(ring: Ring, pending: int, steps: int) -> float:
+    tokens = pending / steps
+    return ring.trip_s(tokens) + (steps - 1) * ring.busiest_s(tokens)

@@ -6,7 +6,7 @@ import msgspec
 
 from molink.core.cluster import Resources
 from molink.wire import structs
-from molink.wire.structs import Bytes, Seconds
+from molink.wire.structs import Bytes, Rate, Seconds
 
 # From the node's own processes
 
@@ -32,12 +32,22 @@ class StageUp(msgspec.Struct, frozen=True, tag=True):
         return Resources(**msgspec.structs.asdict(self) | {"dtypes": tuple(self.dtypes)})
 
 
+class StepCost(msgspec.Struct, frozen=True):
+    """What a step costs a stage, as measured: so much, and so much for each of its tokens."""
+
+    fixed_s: Seconds
+    per_token_s: Seconds
+
+
 class StageCounters(msgspec.Struct, tag=True):
     """What a stage has done since it started. Owned by the stage; sent as a snapshot."""
 
     steps: int = 0
     compute_s: Seconds = 0.0
     waiting_s: Seconds = 0.0  # for input or for work
+    decode: StepCost | None = None  # of steps whose requests all compute their next token
+    prefill: StepCost | None = None  # of the others
+    bytes_per_token: Rate | None = None  # of activations, as they left in the last second
 
 
 class Downloading(msgspec.Struct, frozen=True, tag=True):

@@ -4,6 +4,7 @@ import msgspec
 
 from molink.wire import structs
 from molink.wire.structs import Rate, Seconds
+from molink.wire.to_agent import StageCounters
 
 
 class StagePlace(msgspec.Struct, frozen=True):
@@ -51,7 +52,7 @@ class HopFigures(msgspec.Struct, frozen=True):
 
 
 class PathMeasured(msgspec.Struct, frozen=True, tag=True):
-    """The links of a pipeline, to the engine once a second.
+    """The stages and links of a pipeline, to the engine once a second.
 
     Hop i leads from stage i to the next one, the last hop from the last stage back to the head.
     A relayed hop has the smaller rate and the sum of the round trips.
@@ -59,6 +60,7 @@ class PathMeasured(msgspec.Struct, frozen=True, tag=True):
 
     epoch: int
     hops: list[HopFigures]
+    stages: list[StageCounters]
 
 
 ToEngine = PipelineAssigned | PipelineDown | PipelineRepaired | PathMeasured | ClusterView

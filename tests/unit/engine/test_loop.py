@@ -17,6 +17,7 @@ class Core:
     """What the loop sees of an `EngineCore`: its scheduler has so many steps to make."""
 
     is_pooling_model = False
+    path = None
 
     def __init__(self, num_steps: int) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()
@@ -29,6 +30,9 @@ class Core:
 
     def has_requests(self) -> bool:
         return len(self.taken) < len(self.futures) or bool(self.todo)
+
+    def take_path(self, path: None) -> None:
+        pass
 
     def schedule(self, throttle_prefills: bool) -> Any:
         number = self.todo.popleft() if self.todo else None

@@ -5,7 +5,6 @@ The stages are played by a queue as deep as the pipeline; they sample the token 
 
 from collections import deque
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +25,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from molink.engine.lost import LostStep, losses
 from molink.engine.scheduler import PipelineScheduler
-from molink.planning.micro_batches import decodes_per_step, pending_that_fills
+from molink.planning.micro_batches import decodes_per_step
+from molink.wire.to_agent import StageCounters, StepCost
+from molink.wire.to_engine import HopFigures, PathMeasured
 
 from .conftest import MakeConfig
 
@@ -50,6 +51,7 @@ class Engine:
             block_size=BLOCK,
         )
         self.num_stages = config.parallel_config.pipeline_parallel_size
+        self.deepest = self.num_stages  # steps in flight, beyond which an answer is taken
         self.in_flight: deque[tuple[SchedulerOutput, list[str]]] = deque()
         self.steps: list[dict[str, int]] = []  # tokens of each request
         self.outputs: list[EngineCoreOutput] = []
@@ -67,7 +69,7 @@ class Engine:
         self.scheduler.add_request(request)
 
     def step(self) -> dict[str, int]:
-        """Schedule; take the oldest answer if the queue is full, or nothing else is to do."""
+        """Schedule; take the oldest answer if enough are in flight, or nothing else is to do."""
         output = self.scheduler.schedule()
         taken = dict(output.num_scheduled_tokens)
         requests = [self.scheduler.requests[name] for name in taken]
@@ -75,7 +77,7 @@ class Engine:
         self.in_flight.append((output, whole))
         self.steps.append(taken)
         is_idle = not taken and not self.scheduler.has_requests()
-        if len(self.in_flight) == self.num_stages or is_idle:
+        if len(self.in_flight) == self.deepest or is_idle:
             self.take_answer()
         return taken
 
@@ -179,18 +181,6 @@ def test_who_is_held_back_is_taken_in_the_next_step(
     assert len({name for step in engine.steps for name in step}) == num_requests
 
 
-def test_decodes_beyond_a_share_are_held_for_one_step() -> None:
-    scheduler: Any = PipelineScheduler.__new__(PipelineScheduler)
-    scheduler.running = [
-        SimpleNamespace(num_tokens=5, num_computed_tokens=4, next_decode_eligible_step=0)
-        for _ in range(5)
-    ]
-    scheduler.current_step, scheduler._num_stages = 7, 2
-    assert scheduler._choose_decodes() == 3
-    held = [request.next_decode_eligible_step for request in scheduler.running]
-    assert held == [0, 0, 0, 9, 9]  # vLLM's next step is 8
-
-
 arrivals = st.lists(
     st.tuples(st.integers(0, 3), st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=20
 )  # steps after the one before, prompt, answer
@@ -274,40 +264,56 @@ def test_a_long_prompt_is_cut_so_that_the_second_stage_begins_early(make: Make) 
     assert sum(alone.step().values()) == 4000
 
 
-requests = st.builds(
-    lambda computed, left: SimpleNamespace(
-        num_computed_tokens=computed, num_tokens=computed + left
-    ),
-    st.integers(0, 100),
-    st.integers(0, 5000),
-)
-
-
-@given(
-    st.lists(requests, max_size=6),
-    st.lists(requests, max_size=6),
-    st.integers(1, 8192),
-    st.integers(1, 8),
-    st.integers(0, 64),
-)
-def test_a_budget_has_room_for_the_decodes_and_never_passes_the_users_bound(
-    running: list[Any], waiting: list[Any], bound: int, num_stages: int, num_decodes: int
+def test_whole_prompts_where_the_user_wants_no_chunks(
+    make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scheduler: Any = PipelineScheduler.__new__(PipelineScheduler)
-    scheduler.scheduler_config = SimpleNamespace(enable_chunked_prefill=True)
-    scheduler.running, scheduler.waiting = running, waiting
-    scheduler._max_tokens, scheduler._num_stages = bound, num_stages
-    scheduler._enough = pending_that_fills(bound, num_stages)
-    left = [r.num_tokens - r.num_computed_tokens for r in running]
-    pending = sum(tokens for tokens in left if tokens > 1)
-    pending += sum(r.num_tokens - r.num_computed_tokens for r in waiting)
-    budget = scheduler._token_budget(num_decodes)
-    assert min(bound, num_decodes + bool(pending)) <= budget <= bound
-    assert budget <= max(1, num_decodes + pending)
-    if num_stages == 1:
-        assert budget == max(1, min(bound, num_decodes + pending))
-    scheduler.scheduler_config.enable_chunked_prefill = False
-    assert scheduler._token_budget(num_decodes) == bound  # vLLM then takes whole prompts
+    engine = make(2)
+    monkeypatch.setattr(engine.scheduler.scheduler_config, "enable_chunked_prefill", False)
+    for index in range(4):
+        engine.add(f"new-{index}", [1000 * index + i for i in range(500)], max_tokens=1)
+    engine.drain()
+    for index in range(4):
+        assert [step[f"new-{index}"] for step in engine.steps if f"new-{index}" in step] == [500]
+
+
+# --- links that are the bottleneck
+
+
+def slow_links(num_stages: int, rtt_s: float = 0.03) -> PathMeasured:
+    """A path whose stages compute a token in 0.5 ms and whose links need 2.5."""
+    cost = StepCost(0.02, 0.0005)
+    stage = StageCounters(decode=cost, prefill=cost, bytes_per_token=2500.0)
+    return PathMeasured(1, [HopFigures(1e6, rtt_s)] * num_stages, [stage] * num_stages)
+
+
+def test_over_slow_links_a_step_holds_decodes_or_prompts(make: Make) -> None:
+    engine = decoding(make, 2, 6)
+    engine.scheduler.take_path(slow_links(2))
+    old = {request.request_id for request in engine.scheduler.running}
+    for index in range(3):
+        engine.add(f"new-{index}", [1000 * index + i for i in range(300)], max_tokens=1)
+    while "new" in "".join(engine.scheduler.requests):
+        engine.step()
+    kinds = [(bool(old & step.keys()), bool(step.keys() - old)) for step in engine.steps if step]
+    assert (True, True) not in kinds
+    assert {(True, False), (False, True)} <= set(kinds)
+    for index in range(3):
+        assert sum(step.get(f"new-{index}", 0) for step in engine.steps) == 300
+
+
+@quick
+@given(st.integers(2, 4), arrivals)
+def test_over_slow_links_everybody_gets_an_answer(
+    make: Make, num_stages: int, comings: list[tuple[int, int, int]]
+) -> None:
+    engine = make(num_stages)
+    engine.scheduler.take_path(slow_links(num_stages))
+    engine.deepest = 40
+    longest_wait(engine, comings)
+    engine.check_blocks()
+    lengths = {f"request-{i}": answer for i, (_, _, answer) in enumerate(comings)}
+    for name, length in lengths.items():
+        assert sum(len(o.new_token_ids) for o in engine.outputs if o.request_id == name) == length
 
 
 # --- requests that cannot cross the wire

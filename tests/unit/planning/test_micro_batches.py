@@ -1,59 +1,144 @@
-"""Prefill is cut so that the pipeline fills, and never into crumbs; steps share decodes evenly."""
+"""Steps in flight and their sizes, on a grid of stages, links and loads."""
 
+import itertools
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from molink.planning.costs import Line
 from molink.planning.micro_batches import (
+    HYSTERESIS,
+    MAX_STEPS,
     STEP_COST_TOKENS,
+    Ring,
     decodes_per_step,
-    pending_that_fills,
+    micro_batches,
     prefill_tokens_per_step,
+    round_s,
+    steps_that_fill,
+    unmeasured,
 )
 
 PENDING = st.integers(1, 1_000_000)
 STAGES = st.integers(1, 16)
+lines = st.builds(Line, st.floats(0.001, 0.1), st.floats(1e-5, 1e-2))
+hops = st.builds(lambda per_token: Line(0.0, per_token), st.floats(1e-6, 1e-2))
+rings = st.builds(
+    lambda stages, hop, delay_s: Ring(tuple(stages), (hop,) * (len(stages) - 1), delay_s),
+    st.lists(lines, min_size=1, max_size=5),
+    hops,
+    st.floats(0, 1),
+)
 
 
-def makespan(pending: int, tokens: int, num_stages: int) -> float:
-    """Time of all steps of `tokens` through all stages, in units of one token on one stage."""
+def makespan(ring: Ring, pending: int, tokens: int) -> float:
+    """Seconds of all steps of `tokens` through all stages and links."""
     steps = -(-pending // tokens)
-    return (steps + num_stages - 1) * (tokens + STEP_COST_TOKENS)
+    return ring.trip_s(tokens) + (steps - 1) * ring.busiest_s(tokens)
 
 
-@given(PENDING, STAGES)
-def test_takes_something_and_never_more_than_there_is(pending: int, num_stages: int) -> None:
-    assert 1 <= prefill_tokens_per_step(pending, num_stages) <= pending
+# --- decodes
+
+
+def test_without_delay_as_many_steps_as_stages() -> None:
+    for stages, running in itertools.product(range(1, 6), (6, 24, 96)):
+        assert micro_batches(unmeasured(stages, 32), running, 0) == min(stages, running)
+
+
+@pytest.mark.parametrize("delay_ms", [0, 10, 30, 100, 300])
+@pytest.mark.parametrize("stages", [2, 3, 5])
+@pytest.mark.parametrize("running", [1, 4, 16, 64])
+@pytest.mark.parametrize("hop_us", [0, 100, 1000])
+def test_no_other_number_makes_a_shorter_round(
+    delay_ms: int, stages: int, running: int, hop_us: int
+) -> None:
+    ring = Ring(
+        (Line(0.01, 0.001),) * stages, (Line(0.0, 1e-6 * hop_us),) * (stages - 1), 1e-3 * delay_ms
+    )
+    chosen = micro_batches(ring, running, 0)
+    best = min(round_s(ring, running, m) for m in range(1, min(running, MAX_STEPS) + 1))
+    assert round_s(ring, running, chosen) == pytest.approx(best)
+
+
+def test_delay_asks_for_more_steps_and_fixed_costs_for_fewer() -> None:
+    cheap, dear = Line(0.001, 0.001), Line(0.05, 0.001)
+    assert micro_batches(Ring((cheap, cheap), (), 0.1), 32, 0) > 2
+    assert micro_batches(Ring((dear, dear), (), 0.1), 32, 0) < micro_batches(
+        Ring((cheap, cheap), (), 0.1), 32, 0
+    )
+
+
+@given(rings, st.integers(1, 200), st.integers(1, MAX_STEPS))
+def test_what_is_nearly_best_stays(ring: Ring, running: int, current: int) -> None:
+    chosen = micro_batches(ring, running, current)
+    assert 1 <= chosen <= min(running, MAX_STEPS)
+    best = min(round_s(ring, running, m) for m in range(1, min(running, MAX_STEPS) + 1))
+    assert round_s(ring, running, chosen) <= (1 + HYSTERESIS) * best * (1 + 1e-9)
+    assert micro_batches(ring, running, chosen) == chosen
+
+
+@given(st.integers(0, 4_096), STAGES)
+def test_a_round_takes_every_decode_in_equal_steps(num_decoding: int, num_steps: int) -> None:
+    share = decodes_per_step(num_decoding, num_steps)
+    assert share * num_steps >= num_decoding
+    assert (share - 1) * num_steps < num_decoding or share == 0
+
+
+# --- prompts
+
+
+@given(rings, PENDING, st.floats(0.01, 10))
+def test_takes_something_and_never_more_than_there_is(
+    ring: Ring, pending: int, max_stage_s: float
+) -> None:
+    assert 1 <= prefill_tokens_per_step(ring, pending, max_stage_s) <= pending
 
 
 @given(PENDING)
 def test_one_stage_takes_everything(pending: int) -> None:
-    assert prefill_tokens_per_step(pending, 1) == pending
+    assert prefill_tokens_per_step(unmeasured(1, STEP_COST_TOKENS), pending) == pending
 
 
 @given(PENDING, st.integers(2, 16))
 def test_close_to_the_best_constant_size(pending: int, num_stages: int) -> None:
-    chosen = makespan(pending, prefill_tokens_per_step(pending, num_stages), num_stages)
+    ring = unmeasured(num_stages, STEP_COST_TOKENS)
+    chosen = makespan(ring, pending, prefill_tokens_per_step(ring, pending))
     sizes = {max(1, pending // steps) for steps in range(1, 200)}
-    best = min(makespan(pending, size, num_stages) for size in sizes)
+    best = min(makespan(ring, pending, size) for size in sizes)
     assert chosen <= 1.25 * best
 
 
 def test_a_single_short_prompt_is_one_step() -> None:
-    assert prefill_tokens_per_step(100, 2) == 100
+    assert prefill_tokens_per_step(unmeasured(2, STEP_COST_TOKENS), 100) == 100
 
 
 def test_the_workload_of_the_benchmark_is_cut() -> None:
-    assert 512 <= prefill_tokens_per_step(32 * 128, 2) <= 1024
+    assert 512 <= prefill_tokens_per_step(unmeasured(2, STEP_COST_TOKENS), 32 * 128) <= 1024
 
 
-@given(st.integers(1, 65_536), STAGES)
-def test_counting_may_stop_where_a_step_is_full(max_tokens: int, num_stages: int) -> None:
-    enough = pending_that_fills(max_tokens, num_stages)
-    assert prefill_tokens_per_step(enough, num_stages) >= max_tokens
+def test_over_a_slow_link_a_transfer_is_about_one_stages_compute() -> None:
+    stage, hop = Line(0.1, 0.0005), Line(0.0, 0.001)
+    tokens = prefill_tokens_per_step(Ring((stage, stage), (hop,), 0.03), 4000)
+    assert hop(tokens) == pytest.approx(stage(tokens), rel=0.25)
 
 
-@given(st.integers(0, 4_096), STAGES)
-def test_a_round_takes_every_decode_in_equal_steps(num_decoding: int, num_stages: int) -> None:
-    share = decodes_per_step(num_decoding, num_stages)
-    assert share * num_stages >= num_decoding
-    assert (share - 1) * num_stages < num_decoding or share == 0
+def test_no_chunk_is_mostly_fixed_cost() -> None:
+    stage, hop = Line(0.02, 0.0004), Line(0.0, 0.0025)
+    tokens = prefill_tokens_per_step(Ring((stage, stage), (hop,), 0.03), 4000)
+    assert stage.per_token_s * tokens >= 0.99 * stage.fixed_s
+
+
+@given(rings, PENDING)
+def test_a_chunk_holds_up_no_stage_for_longer_than_it_may(ring: Ring, pending: int) -> None:
+    tokens = prefill_tokens_per_step(ring, pending, 0.2)
+    slowest = max(ring.stages, key=lambda line: line.per_token_s)
+    least = slowest.fixed_s / slowest.per_token_s if ring.is_bound_by_links else 1.0
+    assert slowest(tokens - 1) <= max(0.2, slowest(least)) * 1.01 + slowest.per_token_s
+
+
+def test_prompts_in_flight_keep_the_busiest_busy() -> None:
+    stage = Line(0.0, 0.001)
+    assert steps_that_fill(Ring((stage, stage)), 100) == 2
+    assert steps_that_fill(Ring((stage, stage), (stage,), 0.2), 100) == 5
+    assert steps_that_fill(Ring((stage,), (), 1e6), 100) == MAX_STEPS

@@ -1,0 +1,136 @@
+"""What the next step holds: decodes, prompt tokens, both, or nothing yet.
+
+Where stages are the bottleneck a step takes decodes and prompt tokens together, as vLLM does: the
+fixed cost of a step is paid once. Where a link is, a step takes either, so that decodes overtake
+prompts which are still on their way.
+"""
+
+import math
+from dataclasses import dataclass
+
+from molink.planning.costs import Line
+from molink.planning.micro_batches import (
+    DECODE_COST_TOKENS,
+    STEP_COST_TOKENS,
+    Ring,
+    decodes_per_step,
+    micro_batches,
+    prefill_tokens_per_step,
+    round_s,
+    steps_that_fill,
+    unmeasured,
+)
+from molink.wire.to_engine import PathMeasured
+
+MAX_STALL_S = 0.2  # for which a prompt may hold up requests that decode, beyond one round
+MAX_PENDING_STEPS = 64  # full steps of prompts beyond which counting changes nothing
+
+
+def rings_of(path: PathMeasured) -> tuple[Ring, Ring] | None:
+    """The rings of decode and of prefill steps; None until every stage has run some."""
+    decode, prefill = [], []
+    for stage in path.stages:
+        if stage.decode is None or stage.prefill is None:
+            return None
+        decode.append(Line(stage.decode.fixed_s, stage.decode.per_token_s))
+        prefill.append(Line(stage.prefill.fixed_s, stage.prefill.per_token_s))
+    hops = tuple(
+        Line(0.0, (stage.bytes_per_token or 0.0) / hop.bytes_per_s)
+        for stage, hop in zip(path.stages, path.hops[:-1], strict=False)  # results take no time
+        if hop.bytes_per_s
+    )
+    delay_s = sum((hop.rtt_s or 0.0) / 2 for hop in path.hops)
+    return Ring(tuple(decode), hops, delay_s), Ring(tuple(prefill), hops, delay_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the scheduler holds when it makes a step."""
+
+    num_decoding: int  # requests with a token already, in any step
+    num_ready: int  # those of them that could be in this one
+    pending: int  # prompt tokens that are not in any step yet
+    decode_steps: int  # in flight
+    prefill_steps: int  # in flight, those that hold both among them
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a step takes of it; nothing where both are 0."""
+
+    num_decodes: int = 0
+    num_prefill_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How the pipeline is kept busy now, and why."""
+
+    micro_batches: int  # decode steps in flight
+    prefill_tokens: int  # of one step
+    prefill_steps: int  # in flight
+    is_split: bool  # a step holds either decodes or prompts
+    round_s: float  # what a round of decodes should take
+
+
+class Pace:
+    """Decides shares from measured costs. Owns the number of micro-batches.
+
+    Args:
+        max_tokens: of one step, as the user bounds it.
+        fixed: number of micro-batches, for comparison; None: decide.
+    """
+
+    def __init__(self, num_stages: int, max_tokens: int, fixed: int | None = None) -> None:
+        self._max_tokens = max_tokens
+        self._fixed = fixed
+        self._decode = unmeasured(num_stages, DECODE_COST_TOKENS)
+        self._prefill = unmeasured(num_stages, STEP_COST_TOKENS)
+        self._is_measured = False
+        self._micro_batches = fixed or num_stages
+        self.decision: Decision | None = None  # the latest
+
+    @property
+    def max_pending(self) -> int:
+        """Prompt tokens beyond which nobody needs to count."""
+        return MAX_PENDING_STEPS * self._max_tokens
+
+    def take(self, path: PathMeasured) -> None:
+        """Learn what stages and links cost; until then all stages are taken to be equal."""
+        if (rings := rings_of(path)) is not None:
+            self._decode, self._prefill = rings
+            self._is_measured = True
+
+    def next(self, load: Load) -> Share:
+        decision = self.decision = self._decide(load)
+        share = decodes_per_step(load.num_decoding, decision.micro_batches)
+        num_decodes = min(load.num_ready, share, self._max_tokens)
+        prefill = min(load.pending, decision.prefill_tokens, self._max_tokens)
+        if not decision.is_split:
+            most = max(decision.micro_batches, decision.prefill_steps if prefill else 0)
+            if load.decode_steps + load.prefill_steps >= most:
+                return Share()
+            return Share(num_decodes, min(prefill, self._max_tokens - num_decodes))
+        if num_decodes and load.decode_steps < decision.micro_batches:
+            return Share(num_decodes=num_decodes)
+        if prefill and load.prefill_steps < decision.prefill_steps:
+            return Share(num_prefill_tokens=prefill)
+        return Share()
+
+    def _decide(self, load: Load) -> Decision:
+        if self._is_measured and self._fixed is None and load.num_decoding:
+            self._micro_batches = micro_batches(
+                self._decode, load.num_decoding, self._micro_batches
+            )
+        round_time = round_s(self._decode, load.num_decoding, self._micro_batches)
+        stall = math.inf
+        if self._is_measured and load.num_decoding:
+            stall = max(MAX_STALL_S, round_time)
+        tokens = max(1, prefill_tokens_per_step(self._prefill, load.pending, stall))
+        return Decision(
+            self._micro_batches,
+            tokens,
+            steps_that_fill(self._prefill, tokens),
+            is_split=self._prefill.is_bound_by_links,
+            round_s=round_time,
+        )

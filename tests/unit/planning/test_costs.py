@@ -1,0 +1,54 @@
+"""Lines through what steps cost."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molink.planning.costs import Line, LineFit
+
+PRIOR = 32.0
+
+
+def fitted(line: Line, sizes: list[int]) -> Line:
+    fit = LineFit(PRIOR)
+    for tokens in sizes:
+        fit.add(tokens, line(tokens))
+    assert fit.line is not None
+    return fit.line
+
+
+def test_nothing_is_known_before_the_first_sample() -> None:
+    assert LineFit(PRIOR).line is None
+
+
+lines = st.builds(Line, st.floats(0.001, 0.1), st.floats(1e-5, 1e-2))
+
+
+@given(lines, st.lists(st.integers(1, 512), min_size=2, max_size=100))
+def test_what_was_seen_lies_on_the_line(line: Line, sizes: list[int]) -> None:
+    """Whatever the sizes, the mean fits, and nothing is less than nothing."""
+    found = fitted(line, [*sizes, *sizes])
+    assert found.fixed_s >= 0
+    assert found.per_token_s >= 0
+    same = fitted(line, [sizes[0]] * 10)
+    assert same(sizes[0]) == pytest.approx(line(sizes[0]), rel=1e-6)
+
+
+@given(lines, st.integers(1, 100))
+def test_steps_of_two_sizes_tell_the_slope(line: Line, size: int) -> None:
+    found = fitted(line, [size, 4 * size] * 50)
+    for tokens in (size, 2 * size, 4 * size):
+        assert found(tokens) == pytest.approx(line(tokens), rel=0.1)
+
+
+def test_equal_steps_leave_the_slope_to_the_prior() -> None:
+    found = fitted(Line(0.0, 1.0), [8] * 20)
+    assert found.fixed_s / found.per_token_s == pytest.approx(PRIOR)
+
+
+def test_a_stage_that_becomes_slower_is_noticed() -> None:
+    fit = LineFit(PRIOR)
+    for cost in [0.001] * 200 + [0.01] * 200:
+        fit.add(16, 16 * cost)
+    assert fit.line is not None
+    assert fit.line(16) == pytest.approx(0.16, rel=0.05)
