@@ -19,6 +19,7 @@ from molink.cli.console import fail, own_versions, run_until_signal, say, say_al
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import (
     LOOPBACK,
+    changed_pacing,
     changed_wire,
     check_addresses,
     check_device,
@@ -41,6 +42,7 @@ from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
 from molink.node.stage_host import StageHost, StageSettings
 from molink.node.surroundings import recognise
+from molink.planning.micro_batches import MAX_STEPS
 from molink.transport.identity import (
     AUTHORITY_LIFETIME,
     ClusterAuthority,
@@ -49,11 +51,13 @@ from molink.transport.identity import (
 )
 from molink.transport.token import JoinToken, new_secret
 from molink.transport.tunnel import TunnelExit
+from molink.wire.to_engine import Pacing, SeparatePrefill
 from molink.wire.to_stage import WireCoding, WireDtype, WireFormat, WireSum
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
 WIRE = WireFormat()  # what it is if nothing is said
+PACING = Pacing()
 
 
 def serve(
@@ -105,6 +109,21 @@ def serve(
         WireCoding,
         typer.Option(help="Lossless coding between stages; auto: where the link is slow enough."),
     ] = WIRE.coding,
+    micro_batches: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_STEPS,
+            help="Decode steps in flight; by default as many as measured costs say.",
+        ),
+    ] = PACING.micro_batches,
+    separate_prefill: Annotated[
+        SeparatePrefill,
+        typer.Option(
+            help="Keep prompts out of decode steps, which then overtake them; auto: where a link "
+            "is the bottleneck."
+        ),
+    ] = PACING.separate_prefill,
     relay_limit: Annotated[
         float | None,
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
@@ -115,6 +134,7 @@ def serve(
     Every flag that is not listed goes to vLLM (see `vllm serve --help`).
     """
     wire = WireFormat(sum=wire_sum, dtype=wire_dtype, coding=wire_coding)
+    pacing = Pacing(micro_batches=micro_batches, separate_prefill=separate_prefill)
     try:
         model, flags = _model_and_flags(model, context.args)
         check_device(device)
@@ -126,7 +146,7 @@ def serve(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
             _check_alone({"--relay-limit": relay_limit})
-            _check_alone(changed_wire(wire))
+            _check_alone(changed_wire(wire) | changed_pacing(pacing))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
@@ -140,7 +160,7 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(model, host, port, _engine_flags(model, flags, facts), wire),
+                EngineSettings(model, host, port, _engine_flags(model, flags, facts), wire, pacing),
                 replace(
                     _settings(model, host, port, listen, advertise, layers, name, flags),
                     relay_bytes_per_s=relay_limit and relay_limit * 125_000,

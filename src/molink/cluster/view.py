@@ -10,7 +10,7 @@ from molink.cluster.path import Reports, link_between
 from molink.cluster.state import ClusterState, NodeRecord
 from molink.core.ids import NodeId
 from molink.wire.frames import Priority
-from molink.wire.to_agent import Downloading, StageCounters
+from molink.wire.to_agent import Downloading, PaceDecision, StageCounters
 from molink.wire.to_head import LinkCounters, NodeReport
 
 
@@ -77,6 +77,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     links: list[LinkView]
     paths: list[PathView] = []
     relays: list[RelayView] = []
+    pace: PaceDecision | None = None
 
 
 def make_view(
@@ -85,6 +86,7 @@ def make_view(
     http: str,
     serving: bool,
     steps_in_flight: int,
+    pace: PaceDecision | None,
     reports: Mapping[NodeId, NodeReport],
     relayed: Set[frozenset[NodeId]],
     relayed_bytes: Mapping[tuple[NodeId, NodeId], int],
@@ -98,6 +100,7 @@ def make_view(
         serving=serving,
         epoch=state.last_epoch,
         steps_in_flight=steps_in_flight,
+        pace=pace,
         nodes=[_node_view(state, node, reports.get(node.id)) for node in state.nodes],
         stages=[
             StageView(

@@ -7,6 +7,7 @@ import signal
 PARENT_VARIABLE = "MOLINK_PARENT"  # process id of who starts a process of ours
 SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
 FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
+PACING_VARIABLE = "MOLINK_PACING"  # JSON: how the pipeline is filled
 WIRE_VARIABLE = "MOLINK_WIRE"  # JSON: how stages write their activations
 
 _PR_SET_PDEATHSIG = 1

@@ -34,6 +34,7 @@ from molink.engine.refusals import refuse_unsupported
 from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
 from molink.planning.order import StepsInFlight
+from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import PathMeasured, PipelineRepaired
 from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
 
@@ -67,6 +68,7 @@ class PipelineExecutor(Executor):
         self._wire = WireFormat.from_json(os.environ.get(WIRE_VARIABLE, "{}"))
         self._takes_sum: dict[int, bool] = {}  # by stage: of `hidden_states` and `residual`
         self._startup: list[_Call] = []
+        self.pace: PaceDecision | None = None  # of the scheduler, for the report
         self._adapters: dict[int, _Adapter] = {}  # by id
         self._is_started = False  # all start-up calls were made and answered
         self._step: tuple[int, int, Future[Any], bool] | None = None
@@ -90,7 +92,7 @@ class PipelineExecutor(Executor):
     def _report(self) -> None:
         while True:
             time.sleep(REPORT_INTERVAL_S)
-            self._session.report()
+            self._session.report(pace=self.pace)
 
     def _load(self, indices: Sequence[int]) -> None:
         """Load the layers of these stages, all at once; tell the ones before what they take."""

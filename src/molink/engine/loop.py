@@ -58,6 +58,7 @@ class StepLoop:
         core = self._core
         core.scheduler.take_path(core.model_executor.path)
         output = core.scheduler.schedule(core._should_throttle_prefills())
+        core.model_executor.pace = core.scheduler.pace
         with core.log_error_detail(output):
             future = core.model_executor.execute_model(output, non_block=True)
         if output.total_num_scheduled_tokens == 0:

@@ -1,5 +1,6 @@
 """PipelineScheduler: vLLM's scheduler, for a pipeline whose stages may be lost."""
 
+import os
 from itertools import chain
 from typing import Any
 
@@ -11,11 +12,13 @@ from vllm.v1.request import Request, RequestStatus
 
 from molink.core.errors import WireError
 from molink.engine.adapters import dropped
+from molink.engine.environment import PACING_VARIABLE
 from molink.engine.footprint import StepTraits, footprint_of
 from molink.engine.lost import LostStep, losses
 from molink.engine.types import build_codec
 from molink.planning.pace import Load, Pace, Share
-from molink.wire.to_engine import PathMeasured
+from molink.wire.to_agent import PaceDecision
+from molink.wire.to_engine import Pacing, PathMeasured
 
 UNKNOWN = -1  # losses: what the stages hold fits no count
 
@@ -30,7 +33,9 @@ class PipelineScheduler(Scheduler):
         self._losses = losses.count  # those that the prefix cache knows of
         self.max_num_scheduled_tokens: int
         self._max_tokens = self.max_num_scheduled_tokens
-        self._pace = Pace(self.parallel_config.pipeline_parallel_size, self._max_tokens)
+        wanted = Pacing.from_json(os.environ.get(PACING_VARIABLE, "{}"))
+        num_stages = self.parallel_config.pipeline_parallel_size
+        self._pace = Pace(num_stages, self._max_tokens, wanted)
         self._path: PathMeasured | None = None
         self._in_flight = [0, 0]  # steps without and with prompt tokens
 
@@ -60,6 +65,11 @@ class PipelineScheduler(Scheduler):
         if path is not None and path is not self._path:
             self._path = path
             self._pace.take(path)
+
+    @property
+    def pace(self) -> PaceDecision | None:
+        """The latest decision."""
+        return self._pace.decision
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._forget_lost_caches()

@@ -189,15 +189,16 @@ class EngineSession:
         for future in waiting.values():
             future.set_exception(StageError(reason))
 
-    def report(self, failed: int | None = None) -> None:
+    def report(self, failed: int | None = None, pace: to_agent.PaceDecision | None = None) -> None:
         """Tell the agent whether the engine serves, and how many steps are in flight.
 
         Args:
             failed: the node that could not be brought to where the others are.
+            pace: how the pipeline is kept busy.
         """
         with self._lock:
             steps = sum(kind == Kind.RESULT for kind, *_ in self._waiting)
-            state = to_agent.EngineState(self.pipeline.epoch, self.down, steps, failed)
+            state = to_agent.EngineState(self.pipeline.epoch, self.down, steps, failed, pace)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
 
     def report_failure(self, error: MolinkError) -> None:

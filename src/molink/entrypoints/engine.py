@@ -7,6 +7,7 @@ from pathlib import Path
 
 from molink.engine.environment import (
     FLAGS_VARIABLE,
+    PACING_VARIABLE,
     PARENT_VARIABLE,
     SOCKET_VARIABLE,
     WIRE_VARIABLE,
@@ -34,6 +35,7 @@ def main() -> None:
     export(SOCKET_VARIABLE, str(options.socket))
     export(FLAGS_VARIABLE, json.dumps(engine_flags))
     export(WIRE_VARIABLE, options.wire)
+    export(PACING_VARIABLE, options.pacing)
     client = AgentClient(options.socket)
     pipeline = client.wait_for_pipeline()
     uvloop.run(serve(arguments, pipeline.stages, lambda app: customise(app, client)))
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--flags", required=True, help="JSON list of the user's vLLM flags")
     parser.add_argument("--wire", required=True, help="JSON of a WireFormat")
+    parser.add_argument("--pacing", required=True, help="JSON of a Pacing")
     return parser
 
 

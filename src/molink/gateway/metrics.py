@@ -27,9 +27,25 @@ class ClusterCollector(Collector):
         yield GaugeMetricFamily(
             "molink_steps_in_flight", "Steps without a result", value=float(view.steps_in_flight)
         )
+        yield from _pace_metrics(view)
         yield from _stage_metrics(view)
         yield from _link_metrics(view)
         yield from _relay_metrics(view)
+
+
+def _pace_metrics(view: ClusterView) -> Iterator[Metric]:
+    if (pace := view.pace) is None:
+        return
+    gauges = {
+        "micro_batches": ("Decode steps that may be in flight", pace.micro_batches),
+        "prefill_step_tokens": ("Prompt tokens of one step", pace.prefill_tokens),
+        "prefill_steps": ("Steps with prompts that may be in flight", pace.prefill_steps),
+        "steps_split": ("1 while a step holds decodes or prompts, not both", pace.is_split),
+        "round_seconds": ("What a round of decodes should take", pace.round_s),
+    }
+    for name, (text, value) in gauges.items():
+        if value is not None:
+            yield GaugeMetricFamily(f"molink_{name}", text, value=float(value))
 
 
 def _stage_metrics(view: ClusterView) -> Iterator[Metric]:
@@ -41,12 +57,21 @@ def _stage_metrics(view: ClusterView) -> Iterator[Metric]:
     waiting = CounterMetricFamily(
         "molink_stage_waiting_seconds", "Seconds a stage has waited for input", labels=labels
     )
+    cost = GaugeMetricFamily(
+        "molink_stage_step_seconds",
+        "Measured cost of a step: fixed, and for each token",
+        labels=[*labels, "kind", "part"],
+    )
     for stage in view.stages:
         values = [str(stage.index), stage.node, stage.layers]
+        for kind in ("decode", "prefill"):
+            if (found := getattr(stage.counters, kind)) is not None:
+                cost.add_metric([*values, kind, "fixed"], found.fixed_s)
+                cost.add_metric([*values, kind, "token"], found.per_token_s)
         steps.add_metric(values, stage.counters.steps)
         compute.add_metric(values, stage.counters.compute_s)
         waiting.add_metric(values, stage.counters.waiting_s)
-    yield from (steps, compute, waiting)
+    yield from (steps, compute, waiting, cost)
 
 
 def _link_metrics(view: ClusterView) -> Iterator[Metric]:

@@ -7,7 +7,7 @@ from molink.core.ids import HEAD, NodeId, Port
 from molink.core.plan import Pipeline, Stage
 from molink.node.paths import Paths
 from molink.wire import to_agent, to_engine
-from molink.wire.to_agent import EngineState, StageAssigned
+from molink.wire.to_agent import EngineState, PaceDecision, StageAssigned
 from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
 
 
@@ -41,6 +41,7 @@ class Deployment:
         self.http_up = False
         self.serving = False
         self.steps_in_flight = 0
+        self.pace: PaceDecision | None = None
 
     @property
     def nodes(self) -> tuple[NodeId, ...]:
@@ -112,7 +113,7 @@ class Deployment:
         if port == Port.GATEWAY:
             self.http_up = True
             return None
-        self.steps_in_flight = state.steps_in_flight
+        self.steps_in_flight, self.pace = state.steps_in_flight, state.pace
         if self.pipeline is None or state.epoch != self.pipeline.epoch or self.is_down:
             return None
         if state.error is not None and state.error != self._trouble:

@@ -8,6 +8,7 @@ from pathlib import Path
 from molink.core.errors import MolinkError, ProcessError, UsageError
 from molink.node.home import RunFolder
 from molink.node.processes import EXIT_USAGE, Child, how_it_ended
+from molink.wire.to_engine import Pacing
 from molink.wire.to_stage import WireFormat
 
 ENGINE_MODULE = "molink.entrypoints.engine"
@@ -22,6 +23,7 @@ class EngineSettings:
     port: int
     vllm_flags: tuple[str, ...]  # as typed, engine's and server's
     wire: WireFormat
+    pacing: Pacing
 
 
 class EngineHost:
@@ -58,6 +60,7 @@ class EngineHost:
                 f"--port={settings.port}",
                 f"--flags={json.dumps(settings.vllm_flags)}",
                 f"--wire={settings.wire.to_json()}",
+                f"--pacing={settings.pacing.to_json()}",
             ],
             log=self._log,
             exited=self._exited,

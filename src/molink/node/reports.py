@@ -53,6 +53,7 @@ class Reports:
             http=self._http,
             serving=self._deployment.serving,
             steps_in_flight=self._deployment.steps_in_flight,
+            pace=self._deployment.pace,
             reports=self._all(),
             relayed=self._deployment.paths.relayed,
             relayed_bytes=self._switch.relayed,

@@ -20,7 +20,8 @@ from molink.planning.micro_batches import (
     steps_that_fill,
     unmeasured,
 )
-from molink.wire.to_engine import PathMeasured
+from molink.wire.to_agent import PaceDecision
+from molink.wire.to_engine import Pacing, PathMeasured
 
 MAX_STALL_S = 0.2  # for which a prompt may hold up requests that decode, beyond one round
 MAX_PENDING_STEPS = 64  # full steps of prompts beyond which counting changes nothing
@@ -62,33 +63,22 @@ class Share:
     num_prefill_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """How the pipeline is kept busy now, and why."""
-
-    micro_batches: int  # decode steps in flight
-    prefill_tokens: int  # of one step
-    prefill_steps: int  # in flight
-    is_split: bool  # a step holds either decodes or prompts
-    round_s: float  # what a round of decodes should take
-
-
 class Pace:
     """Decides shares from measured costs. Owns the number of micro-batches.
 
     Args:
         max_tokens: of one step, as the user bounds it.
-        fixed: number of micro-batches, for comparison; None: decide.
+        wanted: what is not to be decided here.
     """
 
-    def __init__(self, num_stages: int, max_tokens: int, fixed: int | None = None) -> None:
+    def __init__(self, num_stages: int, max_tokens: int, wanted: Pacing) -> None:
         self._max_tokens = max_tokens
-        self._fixed = fixed
+        self._wanted = wanted
         self._decode = unmeasured(num_stages, DECODE_COST_TOKENS)
         self._prefill = unmeasured(num_stages, STEP_COST_TOKENS)
         self._is_measured = False
-        self._micro_batches = fixed or num_stages
-        self.decision: Decision | None = None  # the latest
+        self._micro_batches = wanted.micro_batches or num_stages
+        self.decision: PaceDecision | None = None  # the latest
 
     @property
     def max_pending(self) -> int:
@@ -117,8 +107,8 @@ class Pace:
             return Share(num_prefill_tokens=prefill)
         return Share()
 
-    def _decide(self, load: Load) -> Decision:
-        if self._is_measured and self._fixed is None and load.num_decoding:
+    def _decide(self, load: Load) -> PaceDecision:
+        if self._is_measured and self._wanted.micro_batches is None and load.num_decoding:
             self._micro_batches = micro_batches(
                 self._decode, load.num_decoding, self._micro_batches
             )
@@ -127,10 +117,11 @@ class Pace:
         if self._is_measured and load.num_decoding:
             stall = max(MAX_STALL_S, round_time)
         tokens = max(1, prefill_tokens_per_step(self._prefill, load.pending, stall))
-        return Decision(
+        wanted = self._wanted.separate_prefill
+        return PaceDecision(
             self._micro_batches,
             tokens,
             steps_that_fill(self._prefill, tokens),
-            is_split=self._prefill.is_bound_by_links,
-            round_s=round_time,
+            is_split=self._prefill.is_bound_by_links if wanted == "auto" else wanted == "on",
+            round_s=round_time if self._is_measured else None,
         )

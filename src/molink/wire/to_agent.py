@@ -67,6 +67,16 @@ class Downloading(msgspec.Struct, frozen=True, tag=True):
         return f"{self.bytes_done / size:.1f}/{self.bytes_total / size:.1f} {unit}"
 
 
+class PaceDecision(msgspec.Struct, frozen=True):
+    """How the engine keeps the pipeline busy; why, the costs of stages and links say."""
+
+    micro_batches: int  # decode steps in flight
+    prefill_tokens: int  # of one step
+    prefill_steps: int  # in flight
+    is_split: bool  # a step holds decodes or prompts, not both
+    round_s: Seconds | None  # what a round of decodes should take; None: costs are not known
+
+
 class EngineState(msgspec.Struct, frozen=True, tag=True):
     """The engine serves (`error` is None) or could not repair its pipeline."""
 
@@ -74,6 +84,7 @@ class EngineState(msgspec.Struct, frozen=True, tag=True):
     error: str | None
     steps_in_flight: int = 0
     failed: int | None = None  # the node that could not load its layers
+    pace: PaceDecision | None = None  # the latest
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):

@@ -1,10 +1,14 @@
 """What the head's agent tells the engine and the gateway in front of it."""
 
+from typing import Annotated, Literal, Self
+
 import msgspec
 
 from molink.wire import structs
 from molink.wire.structs import Rate, Seconds
 from molink.wire.to_agent import StageCounters
+
+SeparatePrefill = Literal["auto", "on", "off"]
 
 
 class StagePlace(msgspec.Struct, frozen=True):
@@ -49,6 +53,20 @@ class HopFigures(msgspec.Struct, frozen=True):
 
     bytes_per_s: Rate | None  # towards the later stage; None also within one node, where rtt_s is 0
     rtt_s: Seconds | None  # of an idle link
+
+
+class Pacing(msgspec.Struct, frozen=True, kw_only=True):
+    """How the head's user wants the pipeline filled; by default as measurement says."""
+
+    micro_batches: Annotated[int, msgspec.Meta(ge=1)] | None = None  # decode steps in flight
+    separate_prefill: SeparatePrefill = "auto"  # auto: where a link is the bottleneck
+
+    def to_json(self) -> str:
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return msgspec.json.decode(text, type=cls)
 
 
 class PathMeasured(msgspec.Struct, frozen=True, tag=True):

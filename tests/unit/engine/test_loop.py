@@ -18,6 +18,7 @@ class Core:
 
     is_pooling_model = False
     path = None
+    pace = None
 
     def __init__(self, num_steps: int) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()

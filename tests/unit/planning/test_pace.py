@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from molink.planning.pace import MAX_STALL_S, Load, Pace, Share, rings_of
 from molink.wire.to_agent import StageCounters, StepCost
-from molink.wire.to_engine import HopFigures, PathMeasured
+from molink.wire.to_engine import HopFigures, Pacing, PathMeasured
 
 IDLE = Load(num_decoding=0, num_ready=0, pending=0, decode_steps=0, prefill_steps=0)
 
@@ -25,8 +25,8 @@ def path(
     return PathMeasured(1, [HopFigures(bytes_per_s, rtt_s)] * num_stages, [stage] * num_stages)
 
 
-def pace(measured: PathMeasured | None = None, fixed: int | None = None) -> Pace:
-    made = Pace(2, max_tokens=2048, fixed=fixed)
+def pace(measured: PathMeasured | None = None, wanted: Pacing | None = None) -> Pace:
+    made = Pace(2, 2048, wanted or Pacing())
     if measured is not None:
         made.take(measured)
     return made
@@ -93,10 +93,19 @@ def test_delay_makes_more_micro_batches_and_they_follow_the_link() -> None:
 
 
 def test_a_fixed_number_stays() -> None:
-    made = pace(path(), fixed=7)
+    made = pace(path(), Pacing(micro_batches=7))
     made.next(replace(IDLE, num_decoding=32, num_ready=32))
     assert made.decision is not None
     assert made.decision.micro_batches == 7
+
+
+def test_the_user_may_keep_prompts_apart_or_together() -> None:
+    load = replace(IDLE, num_decoding=8, num_ready=8, pending=500)
+    apart = pace(path(125e6), Pacing(separate_prefill="on")).next(load)
+    assert (apart.num_decodes > 0, apart.num_prefill_tokens) == (True, 0)
+    together = pace(path(1.25e6), Pacing(separate_prefill="off")).next(load)
+    assert together.num_decodes > 0
+    assert together.num_prefill_tokens > 0
 
 
 loads = st.builds(
@@ -116,7 +125,7 @@ paths = st.builds(path, st.none() | st.floats(1e4, 1e10), st.floats(0, 1), st.in
 def test_a_share_is_never_more_than_there_is_or_may_be(
     measured: PathMeasured | None, load: Load, max_tokens: int
 ) -> None:
-    made = Pace(2, max_tokens)
+    made = Pace(2, max_tokens, Pacing())
     if measured is not None:
         made.take(measured)
     share = made.next(load)
