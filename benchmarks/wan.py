@@ -5,7 +5,8 @@ the head's host. Requests come at random times (Poisson), whether earlier ones a
 servers answer the same requests at the same times, in turned order every other round. Prints what
 the link really does, then a table for each link; writes JSON, asserts nothing.
 
-    python benchmarks/wan.py [PROFILE…] [--rate R …] [--requests N] [--rounds N] [--json FILE]
+    python benchmarks/wan.py [PROFILE…] [--variant NAME …] [--rate R …] [--requests N] [--rounds N]
+                             [--json FILE]
 
 Needs root, and iproute2, iperf3 and iputils-ping of Debian.
 """
@@ -39,6 +40,18 @@ HOSTS = ("head", "far")
 RENDEZVOUS_PORT = 29500
 DEFAULT_PROFILES = ("wan-100m-15ms", "dsl-10m-15ms")
 DEFAULT_RATES = (2.0, 20.0)  # requests a second: moderate, and far beyond what two cores compute
+OFF = ("--wire-sum=off", "--wire-coding=off", "--micro-batches=2", "--separate-prefill=off")
+VARIANTS = {
+    "defaults": (),
+    "levers-off": OFF,
+    "apart": (*OFF[:2], "--separate-prefill=on"),
+    "together": OFF[3:],
+    "uncoded": OFF[:2],
+    "sum": ("--wire-sum=on",),
+    "int8": ("--wire-dtype=int8",),
+    "fp8": ("--wire-dtype=fp8",),
+} | {f"micro-batches-{number}": (f"--micro-batches={number}",) for number in range(1, 9)}
+"""What of MoLink may be compared: flags of `molink serve`."""
 WORKLOAD = Workload(num_requests=48, prompt_tokens=384, output_tokens=48)
 WARM_UP = Workload(num_requests=8, prompt_tokens=32, output_tokens=8)
 SETTLE_S = 3.0  # what was stopped catches up
@@ -94,13 +107,21 @@ class Vllm(AcrossLab):
 
 
 class Molink(AcrossLab):
-    """A cluster of ours, one node a host."""
+    """A cluster of ours, one node a host.
+
+    Args:
+        flags: of `molink serve`, which switch levers.
+    """
+
+    def __init__(self, name: str, subject: Subject, lab: Lab, flags: tuple[str, ...]) -> None:
+        super().__init__(name, subject, lab)
+        self._flags = flags
 
     def start(self) -> None:
         token, ranges = self.folder / "token", split_evenly(self.subject.num_layers, 2)
         head = ["serve", str(self.subject.path), f"--port={self.port}", "--name=head"]
         head += [f"--layers={ranges[0]}", f"--token-file={token}"]
-        self._spawn_node("head", (*head, *ENGINE_FLAGS))
+        self._spawn_node("head", (*head, *self._flags, *ENGINE_FLAGS))
         for _ in self.waiting():
             if token.exists() and token.read_text():
                 break
@@ -159,6 +180,7 @@ class Benchmark:
         self._profiles: list[str] = options.profiles or list(DEFAULT_PROFILES)
         self._rates: list[float] = options.rate or list(DEFAULT_RATES)
         self._rounds: int = options.rounds
+        self._variants: list[str] = options.variant
         self._workload = replace(WORKLOAD, num_requests=options.requests)
         self.results: dict[str, Any] = {}
 
@@ -178,7 +200,8 @@ class Benchmark:
     def _compare(
         self, profile: str, lab: Lab, subject: Subject, found: dict[str, dict[str, list[Any]]]
     ) -> None:
-        servers = [Vllm("vLLM", subject, lab), Molink("MoLink", subject, lab)]
+        servers: list[AcrossLab] = [Vllm("vLLM", subject, lab)]
+        servers += [Molink(f"MoLink, {n}", subject, lab, VARIANTS[n]) for n in self._variants]
         with ExitStack() as stack:
             for server in servers:
                 self._say(f"{profile}: starting {server.name}")
@@ -224,6 +247,14 @@ def main() -> None:
     )
     parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=", ".join(PROFILES))
     parser.add_argument("--rate", type=float, nargs="+", help="requests a second (default 2 20)")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=VARIANTS,
+        default=["defaults"],
+        metavar="NAME",
+        help=f"of MoLink: {', '.join(VARIANTS)} (default: defaults); each takes 5 GB of memory",
+    )
     parser.add_argument("--requests", type=int, default=WORKLOAD.num_requests)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every figure here")
