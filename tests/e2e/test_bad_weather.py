@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from benchmarks.netlab import Lab, Line, why_not
-from tests.e2e.cluster import Cluster, eventually, tokens
+from tests.e2e.cluster import Cluster, Request, eventually, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
-from tests.e2e.running import requests_in_flight
-from tests.factories import make_completion, make_prompts
+from tests.e2e.running import Running, requests_in_flight
+from tests.factories import make_completion, make_prompt, make_prompts
 
 from molink.transport.link import SILENCE_S
 
@@ -23,6 +23,9 @@ LINE = Line(20e6, 20e6, delay_s=0.01)
 REQUESTS = [
     make_completion(prompt, max_tokens=60, ignore_eos=True) for prompt in make_prompts([20, 150])
 ]
+LONG_PROMPT = make_completion(make_prompt(480, seed=3), max_tokens=1)
+NARROW = 4e5  # bit/s
+SETTLED = 40  # tokens of a stream, after which the narrow link has been measured
 MEASURED_S = 75.0  # after a link has begun, it has been measured on a machine at rest
 NOTICED_S = 3.0  # after a link is lost, everybody knows
 REPAIR_S = 90.0
@@ -52,11 +55,14 @@ def through_all_weathers(lab: Lab) -> None:
         cluster.add_member(name="a", **there)
         cluster.wait_until_serving()
         expected = tokens(cluster.ask(REQUESTS))
+        after_prompt = tokens(cluster.ask([LONG_PROMPT]))
         assert [path.way for path in cluster.view().paths] == ["direct"]
         eventually(lambda: is_measured(cluster), MEASURED_S, "the link's figures are right")
         for pause_s in (1.0, 5.0):
             assert meanwhile(cluster, lambda s=pause_s: pause(lab, s)) == expected
         assert meanwhile(cluster, lambda: lab.set_rate("head", "a", 2e6, 2e6)) == expected
+        lab.set_rate("head", "a", NARROW, NARROW)
+        assert while_others_decode(cluster, LONG_PROMPT) == after_prompt
         lab.set_rate("head", "a", LINE.up, LINE.down)
         assert cluster.view().epoch == 1
         lose_it(cluster, lab)
@@ -84,6 +90,18 @@ def meanwhile(cluster: Cluster, weather: Callable[[], None]) -> list[list[int]]:
         weather()
         assert not asked.done()
         return tokens(asked.result(timeout=60))
+
+
+def while_others_decode(cluster: Cluster, request: Request) -> list[list[int]]:
+    """The tokens of a request whose prompt takes seconds to cross; decodes pass it meanwhile."""
+    stream = Running(cluster, stream=True)
+    eventually(lambda: len(stream.lines) > SETTLED, 30, "a stream has begun")
+    began, before = time.monotonic(), len(stream.lines)
+    answers = cluster.ask([request])
+    assert time.monotonic() - began > 1.0
+    assert len(stream.lines) - before > 10
+    assert stream.ended_at is None
+    return tokens(answers)
 
 
 def pause(lab: Lab, seconds: float) -> None:
