@@ -128,7 +128,8 @@ class Molink(AcrossLab):
         self._spawn_node("far", ("join", f"--token-file={token}", f"--layers={ranges[1]}"))
 
     def _spawn_node(self, host: str, arguments: tuple[str, ...]) -> None:
-        self.spawn_on(host, (*MOLINK, *arguments), MOLINK_HOME=str(self.folder / host))
+        listening = (*MOLINK, *arguments, "--listen=0.0.0.0:0")  # variants share the hosts
+        self.spawn_on(host, listening, MOLINK_HOME=str(self.folder / host))
 
 
 @dataclass(frozen=True, slots=True)
