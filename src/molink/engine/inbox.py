@@ -8,6 +8,7 @@ the order of the messages, which is the same for every rank of a stage: they nee
 from collections import deque
 from typing import Any, NamedTuple
 
+from molink.core.errors import WireError
 from molink.core.ids import HEAD, Address, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_stage
@@ -69,7 +70,7 @@ class Inbox:
 
         Raises:
             LinkError: the agent is gone.
-            WireError: the engine sent what is no step and no call.
+            WireError: the engine sent what is no step and no call, or the stage before too much.
         """
         while not self._ready:
             self._receive()
@@ -104,7 +105,9 @@ class Inbox:
             return
         if message.kind in (Kind.STEP, Kind.CALL):
             self._waiting[message.sequence] = self._arrived(message)
-        elif message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE) and len(self._parts) < MAX_PARTS:
+        elif message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE):
+            if len(self._parts) == MAX_PARTS:
+                raise WireError(f"{MAX_PARTS} inputs have come of steps that have not")
             self._parts[message.kind, message.sequence] = message
         self._release()
 

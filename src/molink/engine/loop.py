@@ -33,7 +33,6 @@ class StepLoop:
         self._core = core
         self._in_flight = 0  # steps started whose results have not been taken
         self._done: deque[_Done] = deque()
-        self._may_schedule = True  # something has happened since there was nothing to do
 
     def __len__(self) -> int:
         """The engine has work while this is not 0."""
@@ -45,16 +44,17 @@ class StepLoop:
         Returns:
             Outputs by client, and whether to come back at once.
         """
-        if not self._done and not self._may_schedule and self._in_flight:
-            self._core._handle_client_request(*self._core.input_queue.get())
-            self._may_schedule = True
-        elif not self._done and self._core.scheduler.has_requests():
-            return self._start()
+        core = self._core
         if self._done:
             return self._take(self._done.popleft()), True
-        return None, self._in_flight > 0
+        if core.scheduler.has_requests() and self._start():
+            return None, True
+        if self._in_flight:
+            core._handle_client_request(*core.input_queue.get())
+        return None, self._in_flight > 0  # otherwise vLLM polls
 
-    def _start(self) -> tuple[Outputs, bool]:
+    def _start(self) -> bool:
+        """Whether there was a step to start."""
         core = self._core
         core.scheduler.take_path(core.model_executor.path)
         output = core.scheduler.schedule(core._should_throttle_prefills())
@@ -62,15 +62,16 @@ class StepLoop:
         with core.log_error_detail(output):
             future = core.model_executor.execute_model(output, non_block=True)
         if output.total_num_scheduled_tokens == 0:
-            self._may_schedule = False
-            return core.scheduler.update_from_output(output, future.result()), self._in_flight > 0
+            for of_client in core.scheduler.update_from_output(output, future.result()).items():
+                core.output_queue.put_nowait(of_client)
+            return False
         if not core.is_pooling_model:
             grammar = core.scheduler.get_grammar_bitmask(output)
             future = core.model_executor.sample_tokens(grammar, non_block=True)
         self._in_flight += 1
         started_at = time.monotonic()
         future.add_done_callback(lambda done: self._finished(_Done(output, done, started_at)))
-        return None, True
+        return True
 
     def _finished(self, done: _Done) -> None:
         self._done.append(done)
@@ -79,7 +80,6 @@ class StepLoop:
     def _take(self, done: _Done) -> dict[int, EngineCoreOutputs]:
         core, output = self._core, done.output
         self._in_flight -= 1
-        self._may_schedule = True
         with (
             core.capture_iteration_details(output) as details,
             core.log_error_detail(output),

@@ -35,9 +35,11 @@ class PipelineScheduler(Scheduler):
         self._max_tokens = self.max_num_scheduled_tokens
         wanted = Pacing.from_json(os.environ.get(PACING_VARIABLE, "{}"))
         num_stages = self.parallel_config.pipeline_parallel_size
-        self._pace = Pace(num_stages, self._max_tokens, wanted)
+        max_in_flight = self.vllm_config.max_in_flight_tokens
+        self._pace = Pace(num_stages, self._max_tokens, max_in_flight, wanted)
         self._path: PathMeasured | None = None
         self._in_flight = [0, 0]  # steps without and with prompt tokens
+        self._tokens_in_flight = 0
 
     def add_request(self, request: Request) -> None:
         """Take a request, or end it at once if no step could carry it.
@@ -90,6 +92,7 @@ class PipelineScheduler(Scheduler):
         """Steps in flight, of each kind."""
         if output.total_num_scheduled_tokens:
             self._in_flight[output.traits.is_prefill] += by
+            self._tokens_in_flight += by * output.total_num_scheduled_tokens
 
     def _load(self) -> Load:
         decoding = [r for r in self.running if not r.is_prefill_chunk]
@@ -97,6 +100,7 @@ class PipelineScheduler(Scheduler):
             num_decoding=len(decoding),
             num_ready=len(self._ready_decodes()),
             pending=self._pending_prefill(),
+            tokens_in_flight=self._tokens_in_flight,
             decode_steps=self._in_flight[False],
             prefill_steps=self._in_flight[True],
         )
@@ -104,7 +108,7 @@ class PipelineScheduler(Scheduler):
     def _traits(self, output: SchedulerOutput) -> StepTraits:
         requests = [self.requests[request_id] for request_id in output.num_scheduled_tokens]
         return StepTraits(
-            is_prefill=any(number > 1 for number in output.num_scheduled_tokens.values()),
+            is_prefill=any(_left_before(r, output) > 1 for r in requests),
             footprint=footprint_of(output, requests, self.kv_cache_manager),
         )
 
@@ -156,7 +160,7 @@ class PipelineScheduler(Scheduler):
         """Prompt tokens that are in no step yet, counted as far as it matters."""
         pending = 0
         begun = (r for r in self.running if r.is_prefill_chunk)
-        for request in chain(begun, self.waiting):
+        for request in chain(begun, self.kv_holding_waiting, self.waiting):
             pending += request.num_tokens - request.num_computed_tokens
             if pending > self._pace.max_pending:
                 break
@@ -185,6 +189,12 @@ class PipelineScheduler(Scheduler):
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             of_client.outputs.append(_error_output(request))
         return outputs
+
+
+def _left_before(request: Request, output: SchedulerOutput) -> int:
+    """Tokens of a request that were not computed when it was put into this step."""
+    before = request.num_computed_tokens - output.num_scheduled_tokens[request.request_id]
+    return int(request.num_tokens - before)
 
 
 def _error_output(request: Request) -> EngineCoreOutput:

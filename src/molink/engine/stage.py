@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 from molink.core.errors import HubError, MolinkError, StageError, UsageError
-from molink.core.ids import Address, NodeId, Port
+from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, StepId
 from molink.engine.grammar import unpack_grammar
 from molink.engine.inbox import Inbox, StepAbandonedError, Turn
@@ -167,7 +167,8 @@ class StageLoop:
         return StageWorker(load, self._options, self._emit, self._link_rate)
 
     def _link_rate(self) -> float | None:
-        return self._inbox.link_rates.get(self._loaded().next_node)
+        rates = self._inbox.link_rates  # without a link of its own, the head relays
+        return rates.get(self._loaded().next_node, rates.get(HEAD))
 
     def _loaded(self) -> StageWorker:
         if self._worker is None:

@@ -158,8 +158,9 @@ class MemberAgent(Agent):
         self.link_lost(accepted.link, reason)
 
     def link_lost(self, link: Link, reason: str) -> None:
-        if link.peer not in self.switch.links:  # it may have been dialled again
-            nothing = link.has_delivered and not self.switch.is_used(link)
+        """Tell the head, unless the peer has been dialled again and nothing was on its way."""
+        nothing = link.has_delivered and not self.switch.is_used(link)
+        if not nothing or link.peer not in self.switch.links:
             self.tell_head(to_head.LinkLost(link.peer, reason, nothing))
 
     # Messages

@@ -114,8 +114,8 @@ class Switch:
         A receiver puts messages together in order, and a direct link may come or go meanwhile.
         """
         message = (header.source, header.rank, header.priority, node)
-        link = self._ways.pop(message, None) if header.offset else None
-        link = link or self.links.get(node) or self.links.get(HEAD)
+        way = self._ways.pop(message, None)
+        link = (header.offset and way) or self.links.get(node) or self.links.get(HEAD)
         is_last = header.offset + header.length == header.total
         if link is not None and header.source.node == self.node and not is_last:
             self._ways[message] = link

@@ -21,20 +21,24 @@ class LineFit:
     """A line through measured (tokens, seconds), by least squares that forget.
 
     Steps of one size say nothing of the slope. Until others come, the fixed part is worth as much
-    time as `prior_tokens`.
+    time as `prior_tokens`. The first sample is left out: memory and kernels are still cold.
     """
 
     def __init__(self, prior_tokens: float) -> None:
         self._prior_tokens = prior_tokens
         self._sums = [0.0] * 5  # of 1, x, y, x², x·y
+        self._is_warm = False
 
     def add(self, tokens: float, seconds: float) -> None:
+        if not self._is_warm:
+            self._is_warm = True
+            return
         sample = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = [FORGET * old + new for old, new in zip(self._sums, sample, strict=True)]
 
     @property
     def line(self) -> Line | None:
-        """None before the first sample."""
+        """None before the second sample."""
         count, x, y, xx, xy = self._sums
         if not count or not x:
             return None
@@ -48,4 +52,4 @@ class LineFit:
             xy += PRIOR_WEIGHT * tokens * seconds
         per_token = (count * xy - x * y) / (count * xx - x * x)
         per_token = min(max(per_token, 0.0), y / x)  # neither part is less than nothing
-        return Line((y - per_token * x) / count, per_token)
+        return Line(max(0.0, (y - per_token * x) / count), per_token)

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from molink.planning.costs import Line
 
+SHORTEST_S = 1e-9  # that anything takes, whatever was reported
 MAX_STEPS = 16  # in flight, of one kind
 HYSTERESIS = 0.05  # what another number of micro-batches must gain, as a share of the round
 STEP_COST_TOKENS = 128
@@ -30,7 +31,7 @@ class Ring:
 
     def busiest_s(self, tokens: float) -> float:
         """The least time between two such steps."""
-        return max(line(tokens) for line in (*self.stages, *self.hops))
+        return max(SHORTEST_S, *(line(tokens) for line in (*self.stages, *self.hops)))
 
     def trip_s(self, tokens: float) -> float:
         """From the engine and back, with nothing in the way."""
@@ -92,15 +93,16 @@ def prefill_tokens_per_step(ring: Ring, pending: int, max_stage_s: float = math.
     k): large steps leave later stages idle at the start and early ones at the end, small ones pay
     the fixed cost more often. Where a link is the busiest this makes a chunk's transfer about as
     long as one stage's compute; there none is so small that its compute is mostly fixed cost.
+    Nor is one made that small because others decode.
 
     Args:
         max_stage_s: seconds for which one step may keep a stage busy.
     """
     slowest = max(ring.stages, key=lambda line: line.per_token_s)
-    least = 1.0
-    if ring.is_bound_by_links and slowest.per_token_s:
-        least = slowest.fixed_s / slowest.per_token_s
-    most = max(least, (max_stage_s - slowest.fixed_s) / (slowest.per_token_s or 1e-9))
+    half_fixed = max(1.0, slowest.fixed_s / max(slowest.per_token_s, SHORTEST_S))
+    least = half_fixed if ring.is_bound_by_links else 1.0
+    allowed = (max_stage_s - slowest.fixed_s) / max(slowest.per_token_s, SHORTEST_S)
+    most = max(half_fixed, allowed)
     if pending <= least:
         return pending
     first = max(1, math.ceil(pending / most)) if most < math.inf else 1

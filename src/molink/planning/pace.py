@@ -24,6 +24,7 @@ from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import Pacing, PathMeasured
 
 MAX_STALL_S = 0.2  # for which a prompt may hold up requests that decode, beyond one round
+SLOWEST_LINK = 1.0  # byte a second, whatever was reported
 MAX_PENDING_STEPS = 64  # full steps of prompts beyond which counting changes nothing
 
 
@@ -36,9 +37,9 @@ def rings_of(path: PathMeasured) -> tuple[Ring, Ring] | None:
         decode.append(Line(stage.decode.fixed_s, stage.decode.per_token_s))
         prefill.append(Line(stage.prefill.fixed_s, stage.prefill.per_token_s))
     hops = tuple(
-        Line(0.0, (stage.bytes_per_token or 0.0) / hop.bytes_per_s)
+        Line(0.0, (stage.bytes_per_token or 0.0) / max(hop.bytes_per_s, SLOWEST_LINK))
         for stage, hop in zip(path.stages, path.hops[:-1], strict=False)  # results take no time
-        if hop.bytes_per_s
+        if hop.bytes_per_s is not None
     )
     delay_s = sum((hop.rtt_s or 0.0) / 2 for hop in path.hops)
     return Ring(tuple(decode), hops, delay_s), Ring(tuple(prefill), hops, delay_s)
@@ -51,6 +52,7 @@ class Load:
     num_decoding: int  # requests with a token already, in any step
     num_ready: int  # those of them that could be in this one
     pending: int  # prompt tokens that are not in any step yet
+    tokens_in_flight: int  # in all steps
     decode_steps: int  # in flight
     prefill_steps: int  # in flight, those that hold both among them
 
@@ -68,11 +70,15 @@ class Pace:
 
     Args:
         max_tokens: of one step, as the user bounds it.
+        max_in_flight: tokens in all steps; vLLM keeps so much of a sliding window's cache for them.
         wanted: what is not to be decided here.
     """
 
-    def __init__(self, num_stages: int, max_tokens: int, wanted: Pacing) -> None:
+    def __init__(
+        self, num_stages: int, max_tokens: int, max_in_flight: int, wanted: Pacing
+    ) -> None:
         self._max_tokens = max_tokens
+        self._max_in_flight = max_in_flight
         self._wanted = wanted
         self._decode = unmeasured(num_stages, DECODE_COST_TOKENS)
         self._prefill = unmeasured(num_stages, STEP_COST_TOKENS)
@@ -94,13 +100,16 @@ class Pace:
     def next(self, load: Load) -> Share:
         decision = self.decision = self._decide(load)
         share = decodes_per_step(load.num_decoding, decision.micro_batches)
-        num_decodes = min(load.num_ready, share, self._max_tokens)
-        prefill = min(load.pending, decision.prefill_tokens, self._max_tokens)
+        room = min(self._max_tokens, self._max_in_flight - load.tokens_in_flight)
+        if room <= 0:
+            return Share()
+        num_decodes = min(load.num_ready, share, room)
+        prefill = min(load.pending, decision.prefill_tokens, room)
         if not decision.is_split:
             most = max(decision.micro_batches, decision.prefill_steps if prefill else 0)
             if load.decode_steps + load.prefill_steps >= most:
                 return Share()
-            return Share(num_decodes, min(prefill, self._max_tokens - num_decodes))
+            return Share(num_decodes, min(prefill, room - num_decodes))
         if num_decodes and load.decode_steps < decision.micro_batches:
             return Share(num_decodes=num_decodes)
         if prefill and load.prefill_steps < decision.prefill_steps:

@@ -13,11 +13,13 @@ MARK: Final = b"\xc1"
 MIN_BYTES: Final = 256  # of what is worth the 20 µs
 MAX_GROWTH: Final = 32
 """Times the size of what came: memory stays within a constant times it."""
+MAX_GROWN: Final = 1 << 26
+"""Bytes, whatever came."""
 
 
 def shrink(encoded: bytes) -> bytes:
     """`encoded`, deflated if that is smaller, but not too much so."""
-    if len(encoded) < MIN_BYTES:
+    if not MIN_BYTES <= len(encoded) <= MAX_GROWN:
         return encoded
     coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
     small = MARK + coder.compress(encoded) + coder.flush()
@@ -29,13 +31,13 @@ def grow(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview
     """The inverse.
 
     Raises:
-        WireError: it is damaged, or grows beyond MAX_GROWTH times its size.
+        WireError: it is damaged, or grows beyond MAX_GROWTH times its size or MAX_GROWN.
     """
     if data[:1] != MARK:
         return data
     coder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        encoded = coder.decompress(data[1:], MAX_GROWTH * len(data))
+        encoded = coder.decompress(data[1:], min(MAX_GROWTH * len(data), MAX_GROWN))
     except zlib.error as error:
         raise WireError(f"a deflated value cannot be read: {error}") from error
     if not coder.eof or coder.unused_data:

@@ -1,6 +1,7 @@
 """The engine's loop: a step whenever one can be made, a result whenever one is there."""
 
 import queue
+import threading
 from collections import deque
 from concurrent.futures import Future
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ class Core:
 
     def __init__(self, num_steps: int) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()
+        self.output_queue: queue.Queue[Any] = queue.Queue()
         self.todo = deque(range(num_steps))
         self.futures: list[Future[Any]] = []
         self.taken: list[tuple[int, Any]] = []
@@ -106,7 +108,7 @@ def test_a_result_that_is_there_comes_before_the_next_step() -> None:
 def test_with_nothing_to_start_it_waits_for_a_request_as_for_a_result() -> None:
     core = Core(1)
     loop = StepLoop(core)
-    turns(loop, 2)  # one step, and none
+    loop.turn()
     core.input_queue.put((EngineCoreRequestType.ADD, 7))
     loop.turn()
     assert core.handled == [EngineCoreRequestType.ADD]
@@ -120,11 +122,39 @@ def test_with_nothing_to_start_it_waits_for_a_request_as_for_a_result() -> None:
 def test_a_result_wakes_it() -> None:
     core = Core(1)
     loop = StepLoop(core)
-    turns(loop, 2)
-    core.futures[0].set_result("done")
     loop.turn()
+    threading.Timer(0.05, lambda: core.futures[0].set_result("done")).start()
+    turns(loop, 2)
     assert core.taken == [(0, "done")]
-    assert core.input_queue.get_nowait() == (EngineCoreRequestType.WAKEUP, None)
+    assert core.handled == [EngineCoreRequestType.WAKEUP]
+
+
+def test_it_waits_for_steps_whose_requests_have_gone() -> None:
+    core = Core(2)
+    loop = StepLoop(core)
+    turns(loop, 2)
+    core.has_requests = lambda: False  # type: ignore[method-assign]
+    core.input_queue.put((EngineCoreRequestType.WAKEUP, None))
+    loop.turn()
+    assert core.handled == [EngineCoreRequestType.WAKEUP]
+
+
+def test_a_request_that_came_beside_an_empty_step_is_not_waited_for() -> None:
+    """vLLM drains its queue before each turn."""
+    core = Core(1)
+    loop = StepLoop(core)
+    loop.turn()
+    core.todo.append(7)
+    loop.turn()
+    assert len(loop) == 2
+
+
+def test_what_a_step_without_tokens_ends_is_told() -> None:
+    core = Core(0)
+    core.futures.append(Future())
+    core.update_from_output = lambda output, result: {0: "refused"}  # type: ignore[method-assign]
+    StepLoop(core).turn()
+    assert core.output_queue.get_nowait() == (0, "refused")
 
 
 def test_without_steps_in_flight_it_never_blocks() -> None:
@@ -133,7 +163,7 @@ def test_without_steps_in_flight_it_never_blocks() -> None:
     core.futures.append(Future())  # a request that waits
     loop = StepLoop(core)
     for _ in range(3):
-        assert loop.turn() == ({}, False)
+        assert loop.turn() == (None, False)
 
 
 def test_an_engine_that_fails_says_with_what() -> None:

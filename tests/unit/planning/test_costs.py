@@ -11,14 +11,28 @@ PRIOR = 32.0
 
 def fitted(line: Line, sizes: list[int]) -> Line:
     fit = LineFit(PRIOR)
+    fit.add(1, 1e9)  # cold
     for tokens in sizes:
         fit.add(tokens, line(tokens))
     assert fit.line is not None
     return fit.line
 
 
-def test_nothing_is_known_before_the_first_sample() -> None:
-    assert LineFit(PRIOR).line is None
+def test_nothing_is_known_before_the_second_sample() -> None:
+    fit = LineFit(PRIOR)
+    fit.add(1, 1e9)
+    assert fit.line is None
+
+
+@given(st.lists(st.tuples(st.integers(1, 4096), st.floats(0, 10)), min_size=2))
+def test_neither_part_is_ever_less_than_nothing(samples: list[tuple[int, float]]) -> None:
+    """Attention makes steps superlinear, and machines are noisy."""
+    fit = LineFit(PRIOR)
+    for tokens, seconds in samples:
+        fit.add(tokens, seconds)
+    assert fit.line is not None
+    assert fit.line.fixed_s >= 0
+    assert fit.line.per_token_s >= 0
 
 
 lines = st.builds(Line, st.floats(0.001, 0.1), st.floats(1e-5, 1e-2))

@@ -10,7 +10,9 @@ from molink.planning.pace import MAX_STALL_S, Load, Pace, Share, rings_of
 from molink.wire.to_agent import StageCounters, StepCost
 from molink.wire.to_engine import HopFigures, Pacing, PathMeasured
 
-IDLE = Load(num_decoding=0, num_ready=0, pending=0, decode_steps=0, prefill_steps=0)
+IDLE = Load(
+    num_decoding=0, num_ready=0, pending=0, tokens_in_flight=0, decode_steps=0, prefill_steps=0
+)
 
 
 def path(
@@ -26,7 +28,7 @@ def path(
 
 
 def pace(measured: PathMeasured | None = None, wanted: Pacing | None = None) -> Pace:
-    made = Pace(2, 2048, wanted or Pacing())
+    made = Pace(2, 2048, 2 * 2048, wanted or Pacing())
     if measured is not None:
         made.take(measured)
     return made
@@ -48,6 +50,16 @@ def test_nothing_is_decided_before_every_stage_has_run_both_kinds() -> None:
     made.next(replace(IDLE, num_decoding=8, num_ready=8))
     assert made.decision is not None
     assert made.decision.micro_batches == 2
+
+
+@given(st.floats(0, 1e15), st.floats(0, 1e12), st.floats(0, 1e12), st.floats(0, 1e12))
+def test_whatever_is_reported_something_is_decided(
+    rate: float, fixed_s: float, per_token_s: float, rtt_s: float
+) -> None:
+    cost = StepCost(fixed_s, per_token_s)
+    stage = StageCounters(decode=cost, prefill=cost, bytes_per_token=1e15)
+    made = pace(PathMeasured(1, [HopFigures(rate, rtt_s)] * 2, [stage] * 2))
+    assert made.next(replace(IDLE, num_decoding=8, num_ready=8, pending=500)) != Share()
 
 
 def replace_stage(measured: PathMeasured, index: int, stage: StageCounters) -> PathMeasured:
@@ -109,12 +121,13 @@ def test_the_user_may_keep_prompts_apart_or_together() -> None:
 
 
 loads = st.builds(
-    lambda decoding, ready, pending, decodes, prefills: Load(
-        max(decoding, ready), ready, pending, decodes, prefills
+    lambda decoding, ready, pending, tokens, decodes, prefills: Load(
+        max(decoding, ready), ready, pending, tokens, decodes, prefills
     ),
     st.integers(0, 100),
     st.integers(0, 100),
     st.integers(0, 100_000),
+    st.integers(0, 10_000),
     st.integers(0, 16),
     st.integers(0, 16),
 )
@@ -125,13 +138,15 @@ paths = st.builds(path, st.none() | st.floats(1e4, 1e10), st.floats(0, 1), st.in
 def test_a_share_is_never_more_than_there_is_or_may_be(
     measured: PathMeasured | None, load: Load, max_tokens: int
 ) -> None:
-    made = Pace(2, max_tokens, Pacing())
+    made = Pace(2, max_tokens, 2 * max_tokens, Pacing())
     if measured is not None:
         made.take(measured)
     share = made.next(load)
     assert 0 <= share.num_decodes <= load.num_ready
     assert 0 <= share.num_prefill_tokens <= load.pending
-    assert share.num_decodes + share.num_prefill_tokens <= max_tokens
+    taken = share.num_decodes + share.num_prefill_tokens
+    assert taken <= max_tokens
+    assert not taken or taken + load.tokens_in_flight <= 2 * max_tokens
 
 
 @given(st.none() | paths, loads)
@@ -139,5 +154,5 @@ def test_an_empty_pipeline_takes_whatever_there_is(
     measured: PathMeasured | None, load: Load
 ) -> None:
     made = pace(measured)
-    share = made.next(replace(load, decode_steps=0, prefill_steps=0))
+    share = made.next(replace(load, tokens_in_flight=0, decode_steps=0, prefill_steps=0))
     assert share != Share() or not (load.num_ready or load.pending)
