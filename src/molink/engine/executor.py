@@ -292,7 +292,7 @@ class PipelineExecutor(Executor):
         else:
             self._session.mended(epoch, None)
         if epoch == self._session.pipeline.epoch:
-            self._session.report(failed)
+            self._session.report(failed, self.pace)
 
     def _load_adapter_again(self, lora_id: int, adapter: _Adapter, stages: Sequence[int]) -> None:
         """Load an adapter on replaced stages; one that is not there any more is taken from all."""

@@ -31,7 +31,7 @@ class PipelineScheduler(Scheduler):
         self._codec = build_codec()
         self._refused: list[Request] = []
         self._losses = losses.count  # those that the prefix cache knows of
-        self.max_num_scheduled_tokens: int
+        self.max_num_scheduled_tokens: int  # vLLM's; here of the next step
         self._max_tokens = self.max_num_scheduled_tokens
         wanted = Pacing.from_json(os.environ.get(PACING_VARIABLE, "{}"))
         num_stages = self.parallel_config.pipeline_parallel_size
@@ -76,8 +76,8 @@ class PipelineScheduler(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._forget_lost_caches()
         self._limit_adapters()
-        share = self._pace.next(self._load())
-        decodes = self._ready_decodes()
+        decodes = [r for r in self._ready() if not r.is_prefill_chunk]
+        share = self._pace.next(self._load(len(decodes)))
         for request in decodes[share.num_decodes :]:
             self._hold_back(request)
         is_decode_only = share.num_decodes > 0 and share.num_prefill_tokens == 0
@@ -94,11 +94,10 @@ class PipelineScheduler(Scheduler):
             self._in_flight[output.traits.is_prefill] += by
             self._tokens_in_flight += by * output.total_num_scheduled_tokens
 
-    def _load(self) -> Load:
-        decoding = [r for r in self.running if not r.is_prefill_chunk]
+    def _load(self, num_ready: int) -> Load:
         return Load(
-            num_decoding=len(decoding),
-            num_ready=len(self._ready_decodes()),
+            num_decoding=sum(not r.is_prefill_chunk for r in self.running),
+            num_ready=num_ready,
             pending=self._pending_prefill(),
             tokens_in_flight=self._tokens_in_flight,
             decode_steps=self._in_flight[False],
@@ -152,9 +151,6 @@ class PipelineScheduler(Scheduler):
                 adapters.add(adapter)
             else:
                 self._hold_back(request)
-
-    def _ready_decodes(self) -> list[Request]:
-        return [r for r in self._ready() if not r.is_prefill_chunk]
 
     def _pending_prefill(self) -> int:
         """Prompt tokens that are in no step yet, counted as far as it matters."""

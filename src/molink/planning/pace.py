@@ -49,7 +49,7 @@ def rings_of(path: PathMeasured) -> tuple[Ring, Ring] | None:
 class Load:
     """What the scheduler holds when it makes a step."""
 
-    num_decoding: int  # requests with a token already, in any step
+    num_decoding: int  # requests whose prompt is all computed or in some step
     num_ready: int  # those of them that could be in this one
     pending: int  # prompt tokens that are not in any step yet
     tokens_in_flight: int  # in all steps
