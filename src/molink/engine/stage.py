@@ -79,7 +79,9 @@ class StageLoop:
     # Steps
 
     def _step(self, turn: Turn) -> None:
-        worker, message = self._loaded(), turn.message
+        worker, message = self._worker, turn.message
+        if worker is None:  # of a pipeline that was lost before this stage was in one
+            return
         sample_now, is_prefill, _, output = turn.content
         has_tokens = output.total_num_scheduled_tokens > 0
         priority = Priority.PREFILL if is_prefill else Priority.DECODE

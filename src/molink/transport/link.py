@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from molink.core.errors import LinkError
+from molink.core.errors import LinkError, WireError
 from molink.core.ids import NodeId
 from molink.transport import pieces
 from molink.transport.queue import FrameQueue
@@ -95,7 +95,10 @@ class Link:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if closing.done():
                 raise LinkError(f"link to node {self.peer} was closed")
-            if sending.done():  # when a stream is over, reading tells why
+            if receiving.done() and not receiving.cancelled():
+                if isinstance(receiving.exception(), WireError):  # the peer may be told why
+                    await asyncio.wait((sending,), timeout=LAST_WORDS_S)
+            elif sending.done():  # when a stream is over, reading tells why
                 await asyncio.wait((receiving,), timeout=LAST_WORDS_S)
             self._settle(receiving if receiving.done() else sending)
             if (silence_s := time.monotonic() - self._heard_at) > KEEPALIVE_S:
