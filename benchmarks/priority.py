@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
-from netlab import PROFILES, Lab, Line, why_not
+from netlab import PROFILES, Lab, Line, add_profiles, why_not
 from rich.console import Console
 from rich.table import Table
 from transport import OTHER, BenchAgent, make_identities
@@ -202,13 +202,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=", ".join(PROFILES))
+    add_profiles(parser)
     parser.add_argument("--seconds", type=float, default=20.0, help="with a full link")
     parser.add_argument("--tcp", help="congestion control; the machine's if not given")
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
-    if unknown := set(options.profiles) - set(PROFILES):
-        parser.error(f"there is no profile {unknown.pop()}; there are {', '.join(PROFILES)}")
     if reason := why_not():
         sys.exit(f"no lab: {reason}")
     found = {

@@ -29,7 +29,7 @@ import uvloop
 from contestants import ENGINE_FLAGS, MOLINK, Contestant, split_evenly
 from measure import Say
 from models import RANDOM, Subject, random_model
-from netlab import PROFILES, Lab, why_not
+from netlab import PROFILES, Lab, add_profiles, why_not
 from netlab.accuracy import Measured, measure
 from rich.console import Console
 from rich.table import Table
@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=", ".join(PROFILES))
+    add_profiles(parser)
     parser.add_argument("--rate", type=float, nargs="+", help="requests a second (default 2 20)")
     parser.add_argument(
         "--variant",
@@ -260,8 +260,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
-    if unknown := set(options.profiles) - set(PROFILES):
-        parser.error(f"there is no profile {unknown.pop()}; there are {', '.join(PROFILES)}")
     if reason := why_not():
         parser.error(f"no lab: {reason}")
     run(lambda console, say: Benchmark(options, console, say), options.json)

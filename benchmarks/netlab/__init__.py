@@ -10,6 +10,6 @@ Needs root, iproute2 and /dev/net/tun; for a host behind a NAT, nftables too.
 """
 
 from .lab import Lab, LabError, why_not
-from .profiles import PROFILES, Line
+from .profiles import PROFILES, Line, add_profiles
 
-__all__ = ["PROFILES", "Lab", "LabError", "Line", "why_not"]
+__all__ = ["PROFILES", "Lab", "LabError", "Line", "add_profiles", "why_not"]

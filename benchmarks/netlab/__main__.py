@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a folder can be ru
 
 from netlab.accuracy import Measured, measure
 from netlab.lab import Lab, LabError
-from netlab.profiles import PROFILES, Line
+from netlab.profiles import PROFILES, Line, add_profiles
 
 MBIT = 1e6
 
@@ -28,11 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("profiles", nargs="*", metavar="PROFILE", help=", ".join(PROFILES))
+    add_profiles(parser)
     parser.add_argument("--json", type=Path, help="write every figure here")
     options = parser.parse_args()
-    if unknown := set(options.profiles) - set(PROFILES):
-        parser.error(f"there is no profile {unknown.pop()}; there are {', '.join(PROFILES)}")
     console, found = Console(highlight=False), dict[str, Measured]()
     names = options.profiles or list(PROFILES)
     try:

@@ -1,5 +1,6 @@
 """What a link is like, and the links that have names."""
 
+import argparse
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -45,3 +46,17 @@ PROFILES = {
     "lte-jitter": Line(20 * MBIT, 50 * MBIT, delay_s=0.020, jitter_s=0.020),
     "lossy-1pct": Line(100 * MBIT, 100 * MBIT, delay_s=0.015, loss=0.01),
 }
+
+
+def add_profiles(parser: argparse.ArgumentParser) -> None:
+    """Let a command take names of profiles."""
+
+    def known(name: str) -> str:
+        if name not in PROFILES:
+            raise argparse.ArgumentTypeError(
+                f"there is no profile {name}; there are {', '.join(PROFILES)}"
+            )
+        return name
+
+    text = ", ".join(PROFILES)
+    parser.add_argument("profiles", nargs="*", type=known, metavar="PROFILE", help=text)

@@ -51,7 +51,7 @@ from molink.transport.identity import (
 )
 from molink.transport.token import JoinToken, new_secret
 from molink.transport.tunnel import TunnelExit
-from molink.wire.to_engine import Pacing, SeparatePrefill
+from molink.wire.to_engine import Drafts, Pacing, SeparatePrefill
 from molink.wire.to_stage import WireCoding, WireDtype, WireFormat, WireSum
 
 TOKEN_LIFETIME_S = 24 * 3600
@@ -124,6 +124,13 @@ def serve(
             "is the bottleneck."
         ),
     ] = PACING.separate_prefill,
+    drafts: Annotated[
+        Drafts,
+        typer.Option(
+            help="With --speculative-config: drafted tokens to send along; auto: as many as "
+            "measured acceptance and costs say."
+        ),
+    ] = PACING.drafts,
     relay_limit: Annotated[
         float | None,
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
@@ -134,7 +141,7 @@ def serve(
     Every flag that is not listed goes to vLLM (see `vllm serve --help`).
     """
     wire = WireFormat(sum=wire_sum, dtype=wire_dtype, coding=wire_coding)
-    pacing = Pacing(micro_batches=micro_batches, separate_prefill=separate_prefill)
+    pacing = Pacing(micro_batches=micro_batches, separate_prefill=separate_prefill, drafts=drafts)
     try:
         model, flags = _model_and_flags(model, context.args)
         check_device(device)

@@ -19,6 +19,7 @@ from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.worker import cpu_worker, gpu_worker
 
@@ -182,6 +183,41 @@ def forget_requests(worker: Any) -> None:
     with torch.inference_mode():
         worker.model_runner.execute_model(output)
     worker.model_runner.reset_encoder_cache()
+
+
+def leave_drafting_to_engine(worker: Any) -> None:
+    """Have no stage draft: the engine does (`engine.drafter`).
+
+    vLLM's last stage drafts after every step, and the others ask for a drafter that they have
+    not. Numba comes with it, and must not come before the worker is initialised: on a CPU vLLM
+    looks for kernels in every module, and fails in numba's. Breaks if the runner keeps drafters
+    elsewhere.
+    """
+    if worker.vllm_config.speculative_config is None:
+        return
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer
+
+    class NoDrafts(NgramProposer):
+        def __init__(self) -> None:
+            """Compiles nothing."""
+
+        def propose(self, num_drafted: int, sampled: list[list[int]], *_: Any, **__: Any) -> Any:
+            return [[] for _ in sampled]
+
+    worker.model_runner.drafter = NoDrafts()
+
+
+@contextmanager
+def unpadded(scheduler: Scheduler) -> Iterator[None]:
+    """Have vLLM's `schedule` put no placeholders of drafts, -1, into a step: they are tokens of no
+    vocabulary where no drafter on the stage replaces them. It puts them where `num_spec_tokens` is
+    not 0; breaks if it asks something else.
+    """
+    num_spec_tokens, scheduler.num_spec_tokens = scheduler.num_spec_tokens, 0
+    try:
+        yield
+    finally:
+        scheduler.num_spec_tokens = num_spec_tokens
 
 
 @contextmanager

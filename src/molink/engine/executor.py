@@ -151,7 +151,8 @@ class PipelineExecutor(Executor):
         epoch, sequence, future, sample_now = self._step
         self._step = None
         if not sample_now:
-            self._session.sample(epoch, sequence, pack_grammar(self._codec.encode(grammar_output)))
+            packed = pack_grammar(self._codec.encode_plain(grammar_output))
+            self._session.sample(epoch, sequence, packed)
         return _answer(future, non_block)
 
     def _start(
@@ -258,6 +259,9 @@ class PipelineExecutor(Executor):
     def remove_lora(self, lora_id: int) -> bool:
         self._adapters.pop(lora_id, None)
         return all(self.collective_rpc("remove_lora", args=(lora_id,)))
+
+    def take_draft_token_ids(self) -> None:
+        """None: the scheduler drafts (`engine.drafter`); the engine asks after every step."""
 
     def check_health(self) -> None:
         """The engine stays up while its pipeline is down; requests are refused meanwhile."""

@@ -2,7 +2,7 @@
 
 import zlib
 
-from molink.core.errors import WireError
+from molink.wire.deflated import inflate
 from molink.wire.frames import MAX_MESSAGE
 
 LEVEL = 1  # a mask of 19 kB shrinks to a few hundred bytes at any level
@@ -15,11 +15,4 @@ def pack_grammar(encoded: bytes) -> bytes:
 
 def unpack_grammar(payload: bytes | bytearray) -> bytes:
     """The inverse. Raises WireError for anything else, and beyond MAX_MESSAGE bytes."""
-    inflate = zlib.decompressobj()
-    try:
-        encoded = inflate.decompress(payload, MAX_MESSAGE)
-    except zlib.error as error:
-        raise WireError(f"a grammar cannot be read: {error}") from error
-    if not inflate.eof:
-        raise WireError("a grammar is cut off or too large")
-    return encoded
+    return inflate(payload, MAX_MESSAGE, "a grammar", zlib.MAX_WBITS)

@@ -23,9 +23,12 @@ def refuse_unsupported(config: VllmConfig, tensor_parallel_sizes: Sequence[int])
         tensor_parallel_sizes: of every stage.
     """
     parallel, model = config.parallel_config, config.model_config
+    speculation = config.speculative_config
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
     features = {
-        "speculative decoding": config.speculative_config is not None,
+        f"speculative decoding by {speculation and speculation.method} (only ngram does)": (
+            speculation is not None and speculation.method != "ngram"
+        ),
         "watermarking (it needs model runner V2)": config.watermark_config is not None,
         "HiSparse (it needs model runner V2)": config.attention_config.hisparse_config is not None,
         "a diffusion model": model.is_diffusion,

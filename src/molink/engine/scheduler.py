@@ -11,7 +11,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from molink.core.errors import WireError
+from molink.engine import compat
 from molink.engine.adapters import dropped
+from molink.engine.drafter import Drafter
 from molink.engine.environment import PACING_VARIABLE
 from molink.engine.footprint import StepTraits, footprint_of
 from molink.engine.lost import LostStep, losses
@@ -36,7 +38,8 @@ class PipelineScheduler(Scheduler):
         wanted = Pacing.from_json(os.environ.get(PACING_VARIABLE, "{}"))
         num_stages = self.parallel_config.pipeline_parallel_size
         max_in_flight = self.vllm_config.max_in_flight_tokens
-        self._pace = Pace(num_stages, self._max_tokens, max_in_flight, wanted)
+        self._drafter = Drafter(self.vllm_config) if self.num_spec_tokens else None
+        self._pace = Pace(num_stages, self._max_tokens, max_in_flight, wanted, self.num_spec_tokens)
         self._path: PathMeasured | None = None
         self._in_flight = [0, 0]  # steps without and with prompt tokens
         self._tokens_in_flight = 0
@@ -54,7 +57,7 @@ class PipelineScheduler(Scheduler):
     def _can_cross(self, request: Request) -> bool:
         try:
             # As deep as a step holds them: the codec bounds nesting.
-            self._codec.encode([[[[[request.sampling_params, request.pooling_params]]]]])
+            self._codec.encode_plain([[[[[request.sampling_params, request.pooling_params]]]]])
         except WireError:
             return False
         return True
@@ -77,16 +80,32 @@ class PipelineScheduler(Scheduler):
         self._forget_lost_caches()
         self._limit_adapters()
         decodes = [r for r in self._ready() if not r.is_prefill_chunk]
-        share = self._pace.next(self._load(len(decodes)))
+        load = self._load(len(decodes))
+        share = self._pace.next(load)
         for request in decodes[share.num_decodes :]:
             self._hold_back(request)
+        num_drafted = self._take_drafts(decodes[: share.num_decodes], load, share.max_drafted)
         is_decode_only = share.num_decodes > 0 and share.num_prefill_tokens == 0
         self.prefill_capacity_bound = False  # otherwise vLLM may not throttle
-        self.max_num_scheduled_tokens = self._token_budget(share)
-        output = super().schedule(throttle_prefills or is_decode_only)
+        self.max_num_scheduled_tokens = self._token_budget(share) + num_drafted
+        with compat.unpadded(self):
+            output = super().schedule(throttle_prefills or is_decode_only)
+        if self._drafter is not None:
+            self._drafter.scheduled(output, self.requests)
         output.traits = self._traits(output)
         self._count(output, 1)
         return output
+
+    def _take_drafts(self, decodes: list[Request], load: Load, room: int) -> int:
+        """Leave each request the drafted tokens that are worth sending; how many those are."""
+        if self._drafter is None:
+            return 0
+        taken = 0
+        for request in decodes:
+            worth = self._pace.drafts(load.num_decoding, self._drafter.chance_of(request))
+            request.spec_token_ids = request.spec_token_ids[: min(worth, room - taken)]
+            taken += len(request.spec_token_ids)
+        return taken
 
     def _count(self, output: SchedulerOutput, by: int) -> None:
         """Steps in flight, of each kind."""
@@ -102,6 +121,7 @@ class PipelineScheduler(Scheduler):
             tokens_in_flight=self._tokens_in_flight,
             decode_steps=self._in_flight[False],
             prefill_steps=self._in_flight[True],
+            draft_chance=self._drafter.chance if self._drafter else None,
         )
 
     def _traits(self, output: SchedulerOutput) -> StepTraits:
@@ -181,10 +201,23 @@ class PipelineScheduler(Scheduler):
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
         )
+        if self._drafter is not None:
+            drafts = self._drafter.sampled(self._decoding_in(scheduler_output))
+            self.update_draft_token_ids(drafts)
         for request in ended:
             of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             of_client.outputs.append(_error_output(request))
         return outputs
+
+    def _decoding_in(self, output: SchedulerOutput) -> list[Request]:
+        """Requests of a step whose next token it brought."""
+        found = (self.requests.get(request_id) for request_id in output.num_scheduled_tokens)
+        return [r for r in found if r and r.status == RequestStatus.RUNNING and _decodes(r)]
+
+
+def _decodes(request: Request) -> bool:
+    """Whether nothing but its latest token is left to compute, and that is in no step yet."""
+    return not request.is_prefill_chunk and request.num_tokens > request.num_computed_tokens
 
 
 def _left_before(request: Request, output: SchedulerOutput) -> int:

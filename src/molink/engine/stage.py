@@ -70,6 +70,7 @@ class StageLoop:
     def _report(self) -> None:
         agent = Address(self._socket.address.node, Port.AGENT)
         while True:
+            self.counters.decode, self.counters.prefill = map(_cost, self._costs.values())
             if self._tokens:
                 self.counters.bytes_per_token = self._bytes_out / self._tokens
                 self._bytes_out = self._tokens = 0
@@ -102,17 +103,10 @@ class StageLoop:
             self._count(output.total_num_scheduled_tokens, is_prefill, seconds)
 
     def _count(self, tokens: int, is_prefill: bool, seconds: float) -> None:
-        counters, fit = self.counters, self._costs[is_prefill]
-        counters.steps += 1
-        counters.compute_s += seconds
+        self.counters.steps += 1
+        self.counters.compute_s += seconds
         self._tokens += tokens
-        fit.add(tokens, seconds)
-        line = fit.line
-        cost = StepCost(line.fixed_s, line.per_token_s) if line else None
-        if is_prefill:
-            counters.prefill = cost
-        else:
-            counters.decode = cost
+        self._costs[is_prefill].add(tokens, seconds)
 
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:
@@ -188,6 +182,11 @@ class StageLoop:
             epoch=message.epoch,
             sequence=message.sequence,
         )
+
+
+def _cost(fit: LineFit) -> StepCost | None:
+    line = fit.line
+    return StepCost(line.fixed_s, line.per_token_s) if line else None
 
 
 def _stage_of(node: int | None) -> Address | None:

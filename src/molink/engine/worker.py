@@ -86,6 +86,7 @@ class StageWorker:
         self._worker.load_model()
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
+        compat.leave_drafting_to_engine(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
         self._receive = self._agreed_format(config)
         self._digests: dict[int, str] = {}  # of adapters, by their numbers

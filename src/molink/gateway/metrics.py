@@ -42,6 +42,8 @@ def _pace_metrics(view: ClusterView) -> Iterator[Metric]:
         "prefill_steps": ("Steps with prompts that may be in flight", pace.prefill_steps),
         "steps_split": ("1 while a step holds decodes or prompts, not both", pace.is_split),
         "round_seconds": ("What a round of decodes should take", pace.round_s),
+        "draft_chance": ("Chance that a drafted token is accepted", pace.draft_chance),
+        "draft_tokens": ("Drafted tokens that a request of that chance takes along", pace.drafts),
     }
     for name, (text, value) in gauges.items():
         if value is not None:

@@ -160,17 +160,23 @@ class Agent:
         except LinkError as error:
             logger.info("no direct link to node %d: %s", node, error)
             return False
-        self.spawn(self._run_direct(dialled))
+        self.spawn(self._run_dialled(dialled))
         return True
 
-    async def _run_direct(self, dialled: Dialled) -> None:
+    async def _run_dialled(self, dialled: Dialled) -> None:
+        try:
+            await self.run_direct(dialled.link)
+        finally:
+            await dialled.channel.close()
+
+    async def run_direct(self, link: Link) -> None:
+        """Run a link to a node that is not the head, and say when it has ended."""
         reason = "it was closed"
         try:
-            await self.run_link(dialled.link)
+            await self.run_link(link)
         except MolinkError as error:
             reason = str(error)
-        await dialled.channel.close()
-        self.link_lost(dialled.link, reason)
+        self.link_lost(link, reason)
 
     def link_lost(self, link: Link, reason: str) -> None:
         """A direct link to another node ended."""

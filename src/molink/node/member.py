@@ -150,12 +150,7 @@ class MemberAgent(Agent):
                 self.tell_head(to_head.NodeReport(stage, self.link_counters(), self.download))
 
     async def _accept(self, accepted: Accepted) -> None:
-        try:
-            await self.run_link(accepted.link)
-            reason = "it was closed"
-        except MolinkError as error:
-            reason = str(error)
-        self.link_lost(accepted.link, reason)
+        await self.run_direct(accepted.link)
 
     def link_lost(self, link: Link, reason: str) -> None:
         """Tell the head, unless the peer has been dialled again and nothing was on its way."""

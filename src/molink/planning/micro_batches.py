@@ -49,12 +49,17 @@ def unmeasured(num_stages: int, cost_tokens: int) -> Ring:
     return Ring((Line(float(cost_tokens), 1.0),) * num_stages)
 
 
-def round_s(ring: Ring, num_decoding: int, num_steps: int) -> float:
-    """Seconds until every request has its next token, when so many steps share them."""
-    tokens = decodes_per_step(num_decoding, num_steps)
+def round_s(ring: Ring, num_decoding: int, num_steps: int, tokens_each: int = 1) -> float:
+    """Seconds until every request was in a step, when so many steps share them.
+
+    Args:
+        tokens_each: that a step computes of a request: its next one, and those drafted.
+    """
+    tokens = decodes_per_step(num_decoding, num_steps) * tokens_each
     return max(num_steps * ring.busiest_s(tokens), ring.trip_s(tokens))
 
 
+@lru_cache(maxsize=256)
 def micro_batches(ring: Ring, num_decoding: int, current: int) -> int:
     """Decode steps to have in flight: those of the shortest round.
 

@@ -20,6 +20,7 @@ from molink.planning.micro_batches import (
     steps_that_fill,
     unmeasured,
 )
+from molink.planning.speculation import drafts_worth
 from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import Pacing, PathMeasured
 
@@ -55,14 +56,16 @@ class Load:
     tokens_in_flight: int  # in all steps
     decode_steps: int  # in flight
     prefill_steps: int  # in flight, those that hold both among them
+    draft_chance: float | None = None  # that a drafted token is right; None: none are drafted
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What a step takes of it; nothing where both are 0."""
+    """What a step takes of it; nothing where the first two are 0."""
 
     num_decodes: int = 0
     num_prefill_tokens: int = 0
+    max_drafted: int = 0  # tokens that there is room for beside them
 
 
 class Pace:
@@ -72,14 +75,21 @@ class Pace:
         max_tokens: of one step, as the user bounds it.
         max_in_flight: tokens in all steps; vLLM keeps so much of a sliding window's cache for them.
         wanted: what is not to be decided here.
+        max_drafted: tokens that may be drafted for one request.
     """
 
     def __init__(
-        self, num_stages: int, max_tokens: int, max_in_flight: int, wanted: Pacing
+        self,
+        num_stages: int,
+        max_tokens: int,
+        max_in_flight: int,
+        wanted: Pacing,
+        max_drafted: int = 0,
     ) -> None:
         self._max_tokens = max_tokens
         self._max_in_flight = max_in_flight
         self._wanted = wanted
+        self._max_drafted = max_drafted
         self._decode = unmeasured(num_stages, DECODE_COST_TOKENS)
         self._prefill = unmeasured(num_stages, STEP_COST_TOKENS)
         self._is_measured = False
@@ -109,12 +119,21 @@ class Pace:
             most = max(decision.micro_batches, decision.prefill_steps if prefill else 0)
             if load.decode_steps + load.prefill_steps >= most:
                 return Share()
-            return Share(num_decodes, min(prefill, room - num_decodes))
+            prefill = min(prefill, room - num_decodes)
+            return Share(num_decodes, prefill, room - num_decodes - prefill)
         if num_decodes and load.decode_steps < decision.micro_batches:
-            return Share(num_decodes=num_decodes)
+            return Share(num_decodes, max_drafted=room - num_decodes)
         if prefill and load.prefill_steps < decision.prefill_steps:
             return Share(num_prefill_tokens=prefill)
         return Share()
+
+    def drafts(self, num_decoding: int, chance: float) -> int:
+        """Drafted tokens that a request takes along, if each is right with this chance."""
+        if self._wanted.drafts == "all":
+            return self._max_drafted
+        return drafts_worth(
+            self._decode, num_decoding, self._micro_batches, chance, self._max_drafted
+        )
 
     def _decide(self, load: Load) -> PaceDecision:
         if self._is_measured and self._wanted.micro_batches is None and load.num_decoding:
@@ -126,11 +145,13 @@ class Pace:
         if self._is_measured and load.num_decoding:
             stall = max(MAX_STALL_S, round_time)
         tokens = max(1, prefill_tokens_per_step(self._prefill, load.pending, stall))
-        wanted = self._wanted.separate_prefill
+        wanted, chance = self._wanted.separate_prefill, load.draft_chance
         return PaceDecision(
             self._micro_batches,
             tokens,
             steps_that_fill(self._prefill, tokens),
             is_split=self._prefill.is_bound_by_links if wanted == "auto" else wanted == "on",
             round_s=round_time if self._is_measured else None,
+            draft_chance=chance,
+            drafts=None if chance is None else self.drafts(load.num_decoding, chance),
         )

@@ -155,14 +155,21 @@ class Codec:
         self._by_tag = dict(registry.by_tag)
 
     def encode(self, value: Any) -> bytes:
-        """The bytes of a tree of values.
+        """The bytes of a tree of values, deflated if that pays.
+
+        Raises: as `encode_plain`.
+        """
+        return shrink(self.encode_plain(value))
+
+    def encode_plain(self, value: Any) -> bytes:
+        """The bytes of a tree of values; `decode` takes these too.
 
         Raises:
             UnregisteredType: a type in the tree is not registered; says which, and where.
             CodecError: an int beyond 64 bits, text that is not Unicode, nesting beyond MAX_DEPTH.
         """
         try:
-            return shrink(_ENCODER.encode(self._pack(value, 0)))
+            return _ENCODER.encode(self._pack(value, 0))
         except RecursionError as error:
             raise CodecError(f"cannot encode: nested deeper than {MAX_DEPTH} levels") from error
         except (CodecError, *_FAILURES) as error:

@@ -35,11 +35,22 @@ def grow(data: bytes | bytearray | memoryview) -> bytes | bytearray | memoryview
     """
     if data[:1] != MARK:
         return data
-    coder = zlib.decompressobj(-zlib.MAX_WBITS)
+    return inflate(data[1:], min(MAX_GROWTH * len(data), MAX_GROWN), "a deflated value")
+
+
+def inflate(
+    coded: bytes | bytearray | memoryview, most: int, what: str, wbits: int = -zlib.MAX_WBITS
+) -> bytes:
+    """What was deflated; takes no more memory than `most` bytes, whatever comes.
+
+    Raises:
+        WireError: `what` is damaged, cut off, followed by more, or larger than that.
+    """
+    coder = zlib.decompressobj(wbits)
     try:
-        encoded = coder.decompress(data[1:], min(MAX_GROWTH * len(data), MAX_GROWN))
+        plain = coder.decompress(coded, most)
     except zlib.error as error:
-        raise WireError(f"a deflated value cannot be read: {error}") from error
+        raise WireError(f"{what} cannot be read: {error}") from error
     if not coder.eof or coder.unused_data:
-        raise WireError("a deflated value is cut off, followed by more, or too large")
-    return encoded
+        raise WireError(f"{what} is cut off, followed by more, or too large")
+    return plain

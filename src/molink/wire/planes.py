@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from molink.core.errors import WireError
+from molink.wire import deflated
 
 Bytes = npt.NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
@@ -61,11 +62,7 @@ def inflate(coded: Buffer, size: int) -> bytes:
     Raises:
         WireError: it is damaged, or of another size.
     """
-    coder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        plane = coder.decompress(coded, size + 1)
-    except zlib.error as error:
-        raise WireError(f"a coded tensor cannot be read: {error}") from error
-    if len(plane) != size or not coder.eof or coder.unused_data:
+    plane = deflated.inflate(coded, size + 1, "a coded tensor")
+    if len(plane) != size:
         raise WireError(f"a coded tensor does not hold the {size} words that it should")
     return plane

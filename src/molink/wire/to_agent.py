@@ -75,6 +75,8 @@ class PaceDecision(msgspec.Struct, frozen=True):
     prefill_steps: int  # in flight
     is_split: bool  # a step holds decodes or prompts, not both
     round_s: Seconds | None  # what a round of decodes should take; None: costs are not known
+    draft_chance: float | None = None  # that a drafted token is right; None: nothing is drafted
+    drafts: int | None = None  # drafted tokens that a request of that chance takes along
 
 
 class EngineState(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ from molink.wire.structs import Rate, Seconds
 from molink.wire.to_agent import StageCounters
 
 SeparatePrefill = Literal["auto", "on", "off"]
+Drafts = Literal["auto", "all"]
 
 
 class StagePlace(msgspec.Struct, frozen=True):
@@ -60,6 +61,7 @@ class Pacing(msgspec.Struct, frozen=True, kw_only=True):
 
     micro_batches: Annotated[int, msgspec.Meta(ge=1)] | None = None  # decode steps in flight
     separate_prefill: SeparatePrefill = "auto"  # auto: where a link is the bottleneck
+    drafts: Drafts = "auto"  # with speculative decoding; auto: those that make the round faster
 
     def to_json(self) -> str:
         return msgspec.json.encode(self).decode()

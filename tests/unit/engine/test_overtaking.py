@@ -31,6 +31,7 @@ from molink.wire.codec import Codec
 from molink.wire.frames import Kind
 
 from .conftest import MakeConfig
+from .test_inbox import Payloads
 from .test_scheduler import BLOCK, Engine
 
 NUM_BLOCKS = 20  # so few that requests preempt one another
@@ -126,13 +127,6 @@ class Stage:
             return None
         self._memory.run(turn.content.output, tokens[turn.message.sequence])
         return turn
-
-
-class Payloads:
-    """A codec whose bytes are the thing itself."""
-
-    def decode(self, payload: Any) -> Any:
-        return payload
 
 
 class Pipeline(Engine):

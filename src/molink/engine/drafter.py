@@ -1,0 +1,111 @@
+"""Speculation over a pipeline: the engine drafts, from the tokens that it has anyway.
+
+In vLLM the last stage drafts, and the engine asks it for the drafts before it makes the next step.
+Across a network that is another trip, or bytes. A draft of n-grams needs nothing but a request's
+tokens; so no stage drafts, and the last one only verifies.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingType
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
+
+from molink.planning.speculation import FIRST_CHANCE, Acceptance
+
+
+class _History:
+    """A request's tokens, what is drafted to follow them, and how good its drafts have been."""
+
+    def __init__(self, max_model_len: int) -> None:
+        self.tokens = np.empty(max_model_len, np.int32)  # pages are taken as they are written
+        self.num_tokens = 0
+        self.num_known = 0  # tokens that every stage knows
+        self.draft: list[int] = []
+        self.acceptance = Acceptance()
+
+    def extend(self, tokens: list[int]) -> None:
+        end = self.num_tokens + len(tokens)
+        self.tokens[self.num_tokens : end] = tokens
+        self.num_tokens = end
+
+
+class Drafter:
+    """Drafts tokens for requests, as vLLM's n-gram drafter does. Owns drafts and their acceptance.
+
+    Requests with a seed get no drafts: how many are sent along depends on what else runs, and
+    verifying draws random numbers for each.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        from vllm.v1.spec_decode.ngram_proposer import NgramProposer  # numba takes a second
+
+        self.max_drafted = config.num_speculative_tokens
+        self._max_model_len = config.model_config.max_model_len
+        self._proposer = NgramProposer(config)
+        self._histories: dict[str, _History] = {}
+        self._acceptance = Acceptance()  # of all requests
+
+    @property
+    def chance(self) -> float:
+        """That a drafted token is accepted, over all requests."""
+        return self._acceptance.chance(FIRST_CHANCE)
+
+    def chance_of(self, request: Request) -> float:
+        history = self._histories.get(request.request_id)
+        return history.acceptance.chance(self.chance) if history else self.chance
+
+    def scheduled(self, output: SchedulerOutput, requests: Mapping[str, Request]) -> None:
+        """Note what the stages learn of each request, and let them learn all of it.
+
+        A step brings early stages the tokens that it computes, and the last one knows those that it
+        sampled: drafts that were accepted would be missing on the others. The runner appends as
+        many of a request's new tokens as it lacks, counted from the end, or all that there are.
+        """
+        for request_id in output.finished_req_ids:
+            self._histories.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            history = self._histories[new.req_id] = _History(self._max_model_len)
+            history.num_known = requests[new.req_id].num_prompt_tokens
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            history, computed = self._histories[request_id], cached.num_computed_tokens[index]
+            new_tokens = cached.new_token_ids[index]
+            if history.num_known < computed:
+                missing = requests[request_id].all_token_ids[history.num_known : computed]
+                cached.new_token_ids[index] = [*missing, *new_tokens]
+            history.num_known = max(history.num_known, computed + len(new_tokens))
+
+    def sampled(self, requests: Iterable[Request]) -> DraftTokenIds:
+        """Judge the latest drafts of requests by the tokens that have come, and draft again."""
+        ids, drafts = [], []
+        for request in requests:
+            history = self._histories[request.request_id]
+            tokens = request.all_token_ids[history.num_tokens :]
+            self._acceptance.observe(history.draft, tokens)
+            history.acceptance.observe(history.draft, tokens)
+            history.extend(tokens)
+            history.draft = self._draft(history) if _may_draft(request) else []
+            ids.append(request.request_id)
+            drafts.append(history.draft)
+        return DraftTokenIds(ids, drafts)
+
+    def _draft(self, history: _History) -> list[int]:
+        draft: Any = self._proposer.propose(
+            self.max_drafted,
+            [[0]],  # something was sampled
+            np.array([history.num_tokens], np.int32),
+            history.tokens[np.newaxis],
+        )
+        tokens: list[int] = draft[0]
+        return tokens
+
+
+def _may_draft(request: Request) -> bool:
+    params = request.sampling_params
+    is_seeded = params is None or params.sampling_type == SamplingType.RANDOM_SEED
+    return not (is_seeded or request.resumable)
