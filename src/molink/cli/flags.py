@@ -3,14 +3,10 @@
 import re
 from itertools import takewhile
 
-import msgspec
-
 from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
 from molink.engine.owned_flags import name_of, refuse_owned
 from molink.node.stage_host import StageSettings
-from molink.wire.to_engine import Pacing
-from molink.wire.to_stage import WireFormat
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEVICES = ("auto", "cpu", "cuda")
@@ -77,22 +73,6 @@ def check_device(device: str) -> None:
             f"--device {device}: vLLM's build for {build} is installed here; for the other one run "
             f"scripts/install {device}"
         )
-
-
-def changed_wire(wire: WireFormat) -> dict[str, object]:
-    """By flag, what the user chose about what crosses between stages; None for what he left."""
-    return {f"--wire-{name}": value for name, value in _changed(wire).items()}
-
-
-def changed_pacing(pacing: Pacing) -> dict[str, object]:
-    """By flag, what the user chose about how the pipeline is filled; None for what he left."""
-    return {f"--{name.replace('_', '-')}": value for name, value in _changed(pacing).items()}
-
-
-def _changed(settings: msgspec.Struct) -> dict[str, object]:
-    chosen = msgspec.structs.asdict(settings)
-    default = msgspec.structs.asdict(type(settings)())
-    return {name: value if value != default[name] else None for name, value in chosen.items()}
 
 
 def stage_settings(model: str, flags: list[str], *, send: bool) -> StageSettings:

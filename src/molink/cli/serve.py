@@ -19,8 +19,6 @@ from molink.cli.console import fail, own_versions, run_until_signal, say, say_al
 from molink.cli.download import DownloadDisplay
 from molink.cli.flags import (
     LOOPBACK,
-    changed_pacing,
-    changed_wire,
     check_addresses,
     check_device,
     check_flags,
@@ -29,6 +27,18 @@ from molink.cli.flags import (
     value_of,
 )
 from molink.cli.http_flags import http_flags
+from molink.cli.levers import (
+    PACING,
+    WIRE,
+    DraftsOption,
+    MicroBatchesOption,
+    SeparatePrefillOption,
+    WireCodingOption,
+    WireDtypeOption,
+    WireSumOption,
+    changed_pacing,
+    changed_wire,
+)
 from molink.cli.sglang import in_vllms_words, take_model
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import ClusterState
@@ -42,7 +52,6 @@ from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
 from molink.node.stage_host import StageHost, StageSettings
 from molink.node.surroundings import recognise
-from molink.planning.micro_batches import MAX_STEPS
 from molink.transport.identity import (
     AUTHORITY_LIFETIME,
     ClusterAuthority,
@@ -51,13 +60,11 @@ from molink.transport.identity import (
 )
 from molink.transport.token import JoinToken, new_secret
 from molink.transport.tunnel import TunnelExit
-from molink.wire.to_engine import Drafts, Pacing, SeparatePrefill
-from molink.wire.to_stage import WireCoding, WireDtype, WireFormat, WireSum
+from molink.wire.to_engine import Pacing
+from molink.wire.to_stage import WireFormat
 
 TOKEN_LIFETIME_S = 24 * 3600
 DEFAULT_LISTEN = "0.0.0.0:7171"
-WIRE = WireFormat()  # what it is if nothing is said
-PACING = Pacing()
 
 
 def serve(
@@ -94,43 +101,12 @@ def serve(
     name: Annotated[
         str | None, typer.Option(help="Name of this node; the host's name if not given.")
     ] = None,
-    wire_sum: Annotated[
-        WireSum,
-        typer.Option(
-            help="Send the sum of two tensors instead of both, where a model has both: half the "
-            "bytes. auto: where the tokens stay the same."
-        ),
-    ] = WIRE.sum,
-    wire_dtype: Annotated[
-        WireDtype,
-        typer.Option(help="Between stages, numbers of 8 bits; auto: as the model computes."),
-    ] = WIRE.dtype,
-    wire_coding: Annotated[
-        WireCoding,
-        typer.Option(help="Lossless coding between stages; auto: where the link is slow enough."),
-    ] = WIRE.coding,
-    micro_batches: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MAX_STEPS,
-            help="Decode steps in flight; by default as many as measured costs say.",
-        ),
-    ] = PACING.micro_batches,
-    separate_prefill: Annotated[
-        SeparatePrefill,
-        typer.Option(
-            help="Keep prompts out of decode steps, which then overtake them; auto: where a link "
-            "is the bottleneck."
-        ),
-    ] = PACING.separate_prefill,
-    drafts: Annotated[
-        Drafts,
-        typer.Option(
-            help="With --speculative-config: drafted tokens to send along; auto: as many as "
-            "measured acceptance and costs say."
-        ),
-    ] = PACING.drafts,
+    wire_sum: WireSumOption = WIRE.sum,
+    wire_dtype: WireDtypeOption = WIRE.dtype,
+    wire_coding: WireCodingOption = WIRE.coding,
+    micro_batches: MicroBatchesOption = PACING.micro_batches,
+    separate_prefill: SeparatePrefillOption = PACING.separate_prefill,
+    drafts: DraftsOption = PACING.drafts,
     relay_limit: Annotated[
         float | None,
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),

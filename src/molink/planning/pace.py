@@ -120,7 +120,8 @@ class Pace:
             if load.decode_steps + load.prefill_steps >= most:
                 return Share()
             prefill = min(prefill, room - num_decodes)
-            return Share(num_decodes, prefill, room - num_decodes - prefill)
+            left = room - num_decodes - prefill if num_decodes else 0
+            return Share(num_decodes, prefill, max_drafted=left)
         if num_decodes and load.decode_steps < decision.micro_batches:
             return Share(num_decodes, max_drafted=room - num_decodes)
         if prefill and load.prefill_steps < decision.prefill_steps:

@@ -171,7 +171,7 @@ def test_a_small_payload_cannot_become_a_large_tensor() -> None:
         unpack(payload, CPU, max_bytes=8_000_000)
     small = TensorMeta("sum", "int8", (1 << 8, 1 << 8), coded=len(bomb))
     tracemalloc.start()
-    with pytest.raises(WireError, match="65536 words"):
+    with pytest.raises(WireError, match="or too large"):
         unpack(bytearray(pack_header([small]) + bomb), CPU)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()

@@ -37,8 +37,10 @@ def test_a_plain_configuration_passes(head_config: VllmConfig, sizes: list[int])
     ("flags", "name"),
     [
         (
-            ['--speculative-config={"method": "ngram", "num_speculative_tokens": 1}'],
-            "speculative decoding",
+            [
+                '--speculative-config={"method": "ngram_gpu", "num_speculative_tokens": 1}',
+            ],
+            "speculative decoding by ngram_gpu",
         ),
         (
             ['--kv-transfer-config={"kv_connector": "NixlConnector", "kv_role": "kv_both"}'],
@@ -58,7 +60,7 @@ def test_flags_for_one_machine_are_refused_by_name(
 @pytest.mark.parametrize(
     ("path", "value", "name"),
     [
-        ("speculative_config", object(), "speculative decoding"),
+        ("speculative_config", SimpleNamespace(method="eagle"), "speculative decoding by eagle"),
         ("watermark_config", object(), "watermarking"),
         ("model_config.is_diffusion", True, "a diffusion model"),
         ("model_config.is_encoder_decoder", True, "an encoder-decoder model"),

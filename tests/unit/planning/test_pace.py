@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from molink.planning.pace import MAX_STALL_S, Load, Pace, Share, rings_of
 from molink.wire.to_agent import StageCounters, StepCost
-from molink.wire.to_engine import HopFigures, Pacing, PathMeasured
+from molink.wire.to_engine import Drafts, HopFigures, Pacing, PathMeasured
 
 IDLE = Load(
     num_decoding=0, num_ready=0, pending=0, tokens_in_flight=0, decode_steps=0, prefill_steps=0
@@ -134,6 +134,17 @@ loads = st.builds(
 paths = st.builds(path, st.none() | st.floats(1e4, 1e10), st.floats(0, 1), st.integers(1, 5))
 
 
+@pytest.mark.parametrize(("wanted", "drafts"), [("auto", 0), ("all", 4)])
+def test_drafts_that_are_never_right_are_not_sent_unless_the_user_wants_all(
+    wanted: Drafts, drafts: int
+) -> None:
+    made = Pace(2, 2048, 4096, Pacing(drafts=wanted), max_drafted=4)
+    made.take(path())
+    made.next(replace(IDLE, num_decoding=32, num_ready=32, draft_chance=0.0))
+    assert made.decision is not None
+    assert (made.decision.draft_chance, made.decision.drafts) == (0.0, drafts)
+
+
 @given(st.none() | paths, loads, st.integers(1, 4096))
 def test_a_share_is_never_more_than_there_is_or_may_be(
     measured: PathMeasured | None, load: Load, max_tokens: int
@@ -144,7 +155,7 @@ def test_a_share_is_never_more_than_there_is_or_may_be(
     share = made.next(load)
     assert 0 <= share.num_decodes <= load.num_ready
     assert 0 <= share.num_prefill_tokens <= load.pending
-    taken = share.num_decodes + share.num_prefill_tokens
+    taken = share.num_decodes + share.num_prefill_tokens + share.max_drafted
     assert taken <= max_tokens
     assert not taken or taken + load.tokens_in_flight <= 2 * max_tokens
 
