@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -45,6 +46,7 @@ class Answer:
     sent_at: float  # seconds, clock of the client
     arrivals: list[float]
     output_tokens: int
+    text: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -58,6 +60,11 @@ class Answer:
     def tpot_s(self) -> float:
         """Mean seconds between tokens after the first."""
         return (self.arrivals[-1] - self.arrivals[0]) / max(self.output_tokens - 1, 1)
+
+    @property
+    def longest_gap_s(self) -> float:
+        """Most seconds without a token, once the first was there."""
+        return max((later - earlier for earlier, later in pairwise(self.arrivals)), default=0.0)
 
 
 def quantile(values: Iterable[float], share: float) -> float:
@@ -157,6 +164,7 @@ async def complete(
     body = _body(model, output_tokens) | {"prompt": prompt} | dict(extra or {})
     sent_at = time.perf_counter()
     arrivals: list[float] = []
+    texts: list[str] = []
     rest = b""
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != httpx.codes.OK:
@@ -170,6 +178,7 @@ async def complete(
                     usage = json.loads(event[len("data: ") :])["usage"]
                 elif event.startswith(EVENT):
                     arrivals.append(now)
+                    texts.append(json.loads(event[len("data: ") :])["choices"][0]["text"])
     if usage is None or not arrivals:
         raise httpx.HTTPError(f"the stream ended early: {rest[:400]!r}")
-    return Answer(sent_at, arrivals, usage["completion_tokens"])
+    return Answer(sent_at, arrivals, usage["completion_tokens"], "".join(texts))

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 RELAY = Path(__file__).with_name("relay.py")
 NEEDED = {"ip": "iproute2", "tc": "iproute2"}
 NEEDED_FOR_NAT = {"nft": "nftables"}
+NEEDS_LARGE_PACKETS = 1e9  # bits a second, from which single packets cost too much
 CLOSED_PORT = 9  # nobody listens there: a host that is reached refuses
 _CLONE_NEWNET = 0x40000000
 _NAT = """
@@ -75,13 +76,13 @@ class Lab:
         self._prefix = f"molink-{os.getpid()}-{next(_labs)}"
         self._hosts: dict[str, _Host] = {}
         self._lines: dict[tuple[str, str], Line] = {}  # by their ends
-        self._relays: list[subprocess.Popen[str]] = []
+        self._relays: dict[tuple[str, str], subprocess.Popen[str]] = {}  # by their ends
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for relay in self._relays:
+        for relay in self._relays.values():
             relay.communicate(timeout=5)  # closes its input, at which it ends
         for host in self._hosts.values():
             _end_processes(host.namespace)
@@ -123,6 +124,8 @@ class Lab:
             self._start_relay(one, other, line)
         else:
             self._lay_cable(one, other)
+        if min(line.up, line.down) < NEEDS_LARGE_PACKETS:
+            self._forbid_large_packets(one, other)
         self._lines[one, other] = line
         self._shape(one, other)
         self._route()
@@ -165,6 +168,20 @@ class Lab:
         self._lines[ends] = replace(self._lines[ends], up=up, down=down)
         self._shape(*ends)
 
+    def change(self, one: str, other: str, line: Line) -> None:
+        """Make a link another one, while whatever uses it goes on; `line.up` is from `one`."""
+        ends = self._ends(one, other)
+        if ends[0] != self._door(one):
+            line = replace(line, up=line.down, down=line.up)
+        if relay := self._relays.get(ends):
+            assert relay.stdin is not None
+            relay.stdin.write(f"{line.delay_s} {line.jitter_s} {line.loss}\n")
+            relay.stdin.flush()
+        elif line.needs_relay:
+            raise LabError("a link without a relay cannot become one that needs it")
+        self._lines[ends] = line
+        self._shape(*ends)
+
     # Work on a host
 
     def prefix(self, host: str) -> list[str]:
@@ -193,6 +210,13 @@ class Lab:
                 return probe.connect_ex((self.address(other), CLOSED_PORT)) == errno.ECONNREFUSED
 
         return self.call(host, try_it)
+
+    def bytes_sent(self, host: str, neighbour: str) -> int:
+        """What has left `host` for a neighbour, with the headers of IP."""
+        device = self.device(host, neighbour)
+        lines = self.call(host, Path("/proc/thread-self/net/dev").read_text).splitlines()
+        counters = next(line for line in lines if line.strip().startswith(f"{device}:"))
+        return int(counters.split(":")[1].split()[8])
 
     # Devices and routes
 
@@ -237,7 +261,7 @@ class Lab:
             text=True,
             start_new_session=True,  # Ctrl-C is for whoever uses the lab
         )
-        self._relays.append(relay)
+        self._relays[one, other] = relay
         assert relay.stdout is not None
         if relay.stdout.readline() != "ready\n":
             raise LabError("the relay of packets did not start")
@@ -249,6 +273,12 @@ class Lab:
             device = self._hosts[host].neighbours[peer]
             self.command(host, "ip", "link", "set", device, *settings, "up")
             self.command(host, "ip", "address", "add", f"{self.address(host)}/32", "dev", device)
+
+    def _forbid_large_packets(self, one: str, other: str) -> None:
+        """Have TCP cut its segments itself: one that waits while the burst shrinks must fit in."""
+        for host, peer in ((one, other), (other, one)):
+            device = self._hosts[host].neighbours[peer]
+            self.command(host, "ip", "link", "set", device, "gso_max_segs", "1")
 
     def _shape(self, one: str, other: str, *, is_cut: bool = False) -> None:
         """Have the kernel send at the line's rates, each with a queue before it."""

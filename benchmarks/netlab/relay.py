@@ -2,7 +2,8 @@
 
     python relay.py NAMESPACE:DEVICE NAMESPACE:DEVICE DELAY_S JITTER_S LOSS SEED
 
-Makes a TUN device in each namespace and says `ready`; ends when its input does.
+Makes a TUN device in each namespace and says `ready`. A line `DELAY_S JITTER_S LOSS` changes what
+happens to packets from then on; it ends when its input does.
 """
 
 import ctypes
@@ -31,14 +32,15 @@ class Direction:
     ) -> None:
         self.source = source
         self._target = target
-        self._delay_s = delay_s
-        self._jitter_s = jitter_s
-        self._loss = loss
+        self.change(delay_s, jitter_s, loss)
         self._random = random.Random(seed)
         self._waiting: deque[tuple[float, bytes]] = deque()
         self._extra_s = 0.0
         self._extra_until = 0.0
         self._last_due = 0.0
+
+    def change(self, delay_s: float, jitter_s: float, loss: float) -> None:
+        self._delay_s, self._jitter_s, self._loss = delay_s, jitter_s, loss
 
     @property
     def due(self) -> float:
@@ -97,7 +99,11 @@ def main() -> None:
         timeout = None if wait_s == float("inf") else max(0.0, wait_s)
         readable, _, _ = select.select([*directions, sys.stdin], [], [], timeout)
         if sys.stdin in readable:
-            return
+            if not (line := sys.stdin.readline()):
+                return
+            readable.remove(sys.stdin)
+            for direction in directions.values():
+                direction.change(*map(float, line.split()))
         for source in readable:
             directions[source].take()
         now = time.monotonic()
