@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from benchmarks.netlab import PROFILES, Lab, Line, why_not
+from benchmarks.netlab import PROFILES, Lab, LabError, Line, why_not
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(60)]
 
@@ -90,6 +90,23 @@ def test_each_direction_has_its_rate_and_it_changes(lab: Lab) -> None:
     lab.set_rate("b", "a", up=8e6, down=80e6)
     assert 0.05 < seconds_to_send(lab, "a", "b", 1_000_000) < 0.4
     assert 0.8 < seconds_to_send(lab, "b", "a", 1_000_000) < 1.5
+
+
+def test_a_full_link_becomes_another_and_goes_on(lab: Lab) -> None:
+    hosts(lab, "a", "b")
+    lab.link("a", "b", Line(100e6, 100e6, delay_s=0.005))
+    slower = threading.Timer(0.1, lab.change, ("b", "a", Line(50e6, 10e6, delay_s=0.02)))
+    slower.start()
+    assert 1.0 < seconds_to_send(lab, "a", "b", 3_000_000) < 5
+    assert 0.04 <= rtt_s(lab, "a", "b") < 0.06
+    assert 3_000_000 < lab.bytes_sent("a", "b") < 3_500_000
+
+
+def test_a_link_without_a_relay_gets_no_delay(lab: Lab) -> None:
+    hosts(lab, "a", "b")
+    lab.link("a", "b", FAST)
+    with pytest.raises(LabError, match="without a relay"):
+        lab.change("a", "b", Line(1e9, 1e9, delay_s=0.02))
 
 
 def test_some_packets_vanish_and_tcp_mends_it(lab: Lab) -> None:
