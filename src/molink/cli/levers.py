@@ -5,6 +5,8 @@ from typing import Annotated, Final
 import msgspec
 import typer
 
+from molink.core.errors import UsageError
+from molink.engine.owned_flags import name_of
 from molink.planning.micro_batches import MAX_STEPS
 from molink.wire.to_engine import Drafts, Pacing, SeparatePrefill
 from molink.wire.to_stage import WireCoding, WireDtype, WireFormat, WireSum
@@ -49,6 +51,18 @@ DraftsOption = Annotated[
         "measured acceptance and costs say."
     ),
 ]
+
+
+_SPECULATION = {"--speculative-config", "-sc", "--spec-method", "--spec-model", "--config"}
+
+
+def check_drafts(pacing: Pacing, flags: list[str]) -> None:
+    """Raises UsageError if drafts are wanted and vLLM's flags do not ask for any."""
+    if pacing.drafts != PACING.drafts and _SPECULATION.isdisjoint(map(name_of, flags)):
+        raise UsageError(
+            f"--drafts {pacing.drafts}: nothing drafts; add for example --spec-method ngram "
+            "--spec-tokens 5"
+        )
 
 
 def changed_wire(wire: WireFormat) -> dict[str, object]:

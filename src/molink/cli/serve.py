@@ -38,6 +38,7 @@ from molink.cli.levers import (
     WireSumOption,
     changed_pacing,
     changed_wire,
+    check_drafts,
 )
 from molink.cli.sglang import in_vllms_words, take_model
 from molink.cluster.coordinator import Coordinator
@@ -134,6 +135,7 @@ def serve(
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
         check_flags(flags)
+        check_drafts(pacing, flags)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
             LayerRange.parse(layers, facts.num_layers)

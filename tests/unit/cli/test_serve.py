@@ -57,6 +57,8 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--nodes", "2", "--wire-dtype", "int4"], "'int4' is not one of 'auto', 'int8', 'fp8'"),
         (["--nodes", "2", "--wire-sum", "yes"], "'yes' is not one of 'auto', 'on', 'off'"),
         (["--nodes", "2", "--wire-coding", "zstd"], "'zstd' is not one of 'auto', 'on', 'off'"),
+        (["--nodes", "2", "--drafts", "some"], "'some' is not one of 'auto', 'all'"),
+        (["--nodes", "2", "--drafts", "all"], "--drafts all: nothing drafts; add for example"),
         (["--port", "0"], "--port"),
         (["--port", "65536"], "--port"),
         (["--port", "http"], "--port"),
