@@ -49,6 +49,13 @@ class Drafter:
         self._proposer = NgramProposer(config)
         self._histories: dict[str, _History] = {}
         self._acceptance = Acceptance()  # of all requests
+        self._compile()
+
+    def _compile(self) -> None:
+        """Numba needs seconds for the first draft, in which the engine would stand still."""
+        history = _History(self._max_model_len)
+        history.extend([0, 0])
+        self._draft(history)
 
     @property
     def chance(self) -> float:
