@@ -81,10 +81,11 @@ def test_features(extra: dict[str, Any], speculating: Cluster, plain: Cluster) -
     assert_equal(requests, speculating, plain)
 
 
-def test_seeds(speculating: Cluster, plain: Cluster) -> None:
-    """Nothing is drafted for them: what they draw would depend on it."""
-    requests = [
+def test_seeds_beside_drafts(speculating: Cluster, plain: Cluster) -> None:
+    """Nothing is drafted for them: what they draw would depend on what else runs."""
+    seeded = [
         make_completion(prompt, max_tokens=40, temperature=0.9, seed=seed)
         for seed, prompt in enumerate(make_prompts([3, 40, 70, 100]))
     ]
-    assert tokens(speculating.ask(requests)) == tokens(plain.ask(requests))
+    greedy = [make_completion(repeating(40, s), max_tokens=60, ignore_eos=True) for s in range(4)]
+    assert_equal(seeded + greedy, speculating, plain)

@@ -58,7 +58,8 @@ _SPECULATION = {"--speculative-config", "-sc", "--spec-method", "--spec-model", 
 
 def check_drafts(pacing: Pacing, flags: list[str]) -> None:
     """Raises UsageError if drafts are wanted and vLLM's flags do not ask for any."""
-    if pacing.drafts != PACING.drafts and _SPECULATION.isdisjoint(map(name_of, flags)):
+    names = {name_of(flag).partition(".")[0] for flag in flags}  # vLLM takes --flag.key too
+    if pacing.drafts != PACING.drafts and names.isdisjoint(_SPECULATION):
         raise UsageError(
             f"--drafts {pacing.drafts}: nothing drafts; add for example --spec-method ngram "
             "--spec-tokens 5"

@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import parallel_state
@@ -27,6 +29,8 @@ from molink.core.plan import LayerRange
 from molink.engine.environment import FLAGS_VARIABLE
 from molink.engine.group import StageGroup
 from molink.engine.loop import Outputs, StepLoop
+
+Tokens = npt.NDArray[np.int32]
 
 
 def engine_flags() -> list[str]:
@@ -175,6 +179,21 @@ def empty_batch(worker: Any) -> None:
             batch.remove_request(request_id)
 
 
+def order_rows_alike(worker: Any) -> None:
+    """Have every stage put the rows of a step into the same order, whatever its attention backend.
+
+    Some backends want decodes before prompts, by thresholds of their own, and others want nothing:
+    two stages would disagree whose rows are whose. vLLM says that each bears a lower threshold than
+    its own. Breaks if the runner finds its threshold elsewhere.
+    """
+    runner = worker.model_runner
+
+    def calculate() -> None:
+        runner.reorder_batch_threshold = 1
+
+    runner.calculate_reorder_batch_threshold = calculate
+
+
 def forget_requests(worker: Any) -> None:
     """Clear the runner's state of all requests, by telling it that they have finished."""
     output = SchedulerOutput.make_empty()
@@ -183,6 +202,28 @@ def forget_requests(worker: Any) -> None:
     with torch.inference_mode():
         worker.model_runner.execute_model(output)
     worker.model_runner.reset_encoder_cache()
+
+
+def ngram_search(config: VllmConfig) -> Callable[[Tokens], list[int]]:
+    """What vLLM's n-gram drafter drafts to follow a text: what came the last time after its end.
+
+    Its class drafts for a batch, and takes ten times as long for each request. Compiled here, which
+    takes seconds. Breaks if the function is renamed or its arguments change.
+    """
+    from vllm.v1.spec_decode import ngram_proposer  # numba takes a second
+
+    speculative = config.speculative_config
+    assert speculative is not None
+    shortest, longest = speculative.prompt_lookup_min, speculative.prompt_lookup_max
+    most, max_model_len = config.num_speculative_tokens, config.model_config.max_model_len
+    find = ngram_proposer._find_longest_matched_ngram_and_propose_tokens
+
+    def draft(text: Tokens) -> list[int]:
+        tokens: list[int] = find(text, shortest, longest, max_model_len, most).tolist()
+        return tokens
+
+    draft(np.zeros(2, np.int32))
+    return draft
 
 
 def leave_drafting_to_engine(worker: Any) -> None:

@@ -6,7 +6,6 @@ tokens; so no stage drafts, and the last one only verifies.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
 from vllm.config import VllmConfig
@@ -15,22 +14,30 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 from vllm.v1.request import Request
 
+from molink.engine import compat
+from molink.engine.compat import Tokens
 from molink.planning.speculation import FIRST_CHANCE, Acceptance
 
 
 class _History:
     """A request's tokens, what is drafted to follow them, and how good its drafts have been."""
 
-    def __init__(self, max_model_len: int) -> None:
-        self.tokens = np.empty(max_model_len, np.int32)  # pages are taken as they are written
-        self.num_tokens = 0
+    def __init__(self) -> None:
         self.num_known = 0  # tokens that every stage knows
+        self.num_tokens = 0
         self.draft: list[int] = []
         self.acceptance = Acceptance()
+        self._tokens = np.empty(0, np.int32)
 
-    def extend(self, tokens: list[int]) -> None:
+    @property
+    def text(self) -> Tokens:
+        return self._tokens[: self.num_tokens]
+
+    def extend(self, tokens: list[int], max_model_len: int) -> None:
+        if not len(self._tokens):
+            self._tokens = np.empty(max_model_len, np.int32)  # pages are taken when written
         end = self.num_tokens + len(tokens)
-        self.tokens[self.num_tokens : end] = tokens
+        self._tokens[self.num_tokens : end] = tokens
         self.num_tokens = end
 
 
@@ -42,20 +49,10 @@ class Drafter:
     """
 
     def __init__(self, config: VllmConfig) -> None:
-        from vllm.v1.spec_decode.ngram_proposer import NgramProposer  # numba takes a second
-
-        self.max_drafted = config.num_speculative_tokens
         self._max_model_len = config.model_config.max_model_len
-        self._proposer = NgramProposer(config)
+        self._draft = compat.ngram_search(config)
         self._histories: dict[str, _History] = {}
         self._acceptance = Acceptance()  # of all requests
-        self._compile()
-
-    def _compile(self) -> None:
-        """Numba needs seconds for the first draft, in which the engine would stand still."""
-        history = _History(self._max_model_len)
-        history.extend([0, 0])
-        self._draft(history)
 
     @property
     def chance(self) -> float:
@@ -71,14 +68,18 @@ class Drafter:
 
         A step brings early stages the tokens that it computes, and the last one knows those that it
         sampled: drafts that were accepted would be missing on the others. The runner appends as
-        many of a request's new tokens as it lacks, counted from the end, or all that there are.
+        many of a request's new tokens as it lacks by its own count, from the end. Here it counts
+        more than there are, and appends all: for requests that are not in its batch, which is so
+        because each step's batch is laid out afresh (`compat.empty_batch`).
         """
         for request_id in output.finished_req_ids:
             self._histories.pop(request_id, None)
         for new in output.scheduled_new_reqs:
-            history = self._histories[new.req_id] = _History(self._max_model_len)
+            history = self._histories[new.req_id] = _History()
             history.num_known = requests[new.req_id].num_prompt_tokens
         cached = output.scheduled_cached_reqs
+        if not cached.new_token_ids:  # the only stage has sampled all that there are
+            return
         for index, request_id in enumerate(cached.req_ids):
             history, computed = self._histories[request_id], cached.num_computed_tokens[index]
             new_tokens = cached.new_token_ids[index]
@@ -90,26 +91,16 @@ class Drafter:
     def sampled(self, requests: Iterable[Request]) -> DraftTokenIds:
         """Judge the latest drafts of requests by the tokens that have come, and draft again."""
         ids, drafts = [], []
-        for request in requests:
+        for request in filter(_may_draft, requests):
             history = self._histories[request.request_id]
             tokens = request.all_token_ids[history.num_tokens :]
             self._acceptance.observe(history.draft, tokens)
             history.acceptance.observe(history.draft, tokens)
-            history.extend(tokens)
-            history.draft = self._draft(history) if _may_draft(request) else []
+            history.extend(tokens, self._max_model_len)
+            history.draft = self._draft(history.text)
             ids.append(request.request_id)
             drafts.append(history.draft)
         return DraftTokenIds(ids, drafts)
-
-    def _draft(self, history: _History) -> list[int]:
-        draft: Any = self._proposer.propose(
-            self.max_drafted,
-            [[0]],  # something was sampled
-            np.array([history.num_tokens], np.int32),
-            history.tokens[np.newaxis],
-        )
-        tokens: list[int] = draft[0]
-        return tokens
 
 
 def _may_draft(request: Request) -> bool:

@@ -29,6 +29,13 @@ def refuse_unsupported(config: VllmConfig, tensor_parallel_sizes: Sequence[int])
         f"speculative decoding by {speculation and speculation.method} (only ngram does)": (
             speculation is not None and speculation.method != "ngram"
         ),
+        # Rejected tokens would stay in the state, since each step lays its batch out afresh.
+        "speculative decoding of a model that keeps a state (Mamba, GDN and the like)": (
+            speculation is not None and (model.is_hybrid or model.is_attention_free)
+        ),
+        "num_speculative_tokens_per_batch_size (measured costs decide; see --drafts)": bool(
+            speculation is not None and speculation.num_speculative_tokens_per_batch_size
+        ),
         "watermarking (it needs model runner V2)": config.watermark_config is not None,
         "HiSparse (it needs model runner V2)": config.attention_config.hisparse_config is not None,
         "a diffusion model": model.is_diffusion,

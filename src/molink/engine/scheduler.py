@@ -22,6 +22,7 @@ from molink.planning.pace import Load, Pace, Share
 from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import Pacing, PathMeasured
 
+WIDTH_GAIN = 0.05  # what one step counts in the mean width of decodes
 UNKNOWN = -1  # losses: what the stages hold fits no count
 
 
@@ -43,6 +44,7 @@ class PipelineScheduler(Scheduler):
         self._path: PathMeasured | None = None
         self._in_flight = [0, 0]  # steps without and with prompt tokens
         self._tokens_in_flight = 0
+        self._tokens_each = 1.0  # of a request in a decode step, a moving mean
 
     def add_request(self, request: Request) -> None:
         """Take a request, or end it at once if no step could carry it.
@@ -98,13 +100,16 @@ class PipelineScheduler(Scheduler):
 
     def _take_drafts(self, decodes: list[Request], load: Load, room: int) -> int:
         """Leave each request the drafted tokens that are worth sending; how many those are."""
-        if self._drafter is None:
+        if self._drafter is None or not decodes:
             return 0
         taken = 0
         for request in decodes:
             worth = self._pace.drafts(load.num_decoding, self._drafter.chance_of(request))
-            request.spec_token_ids = request.spec_token_ids[: min(worth, room - taken)]
+            wanted = request.max_tokens - request.num_output_tokens - 1  # beside the next one
+            most = max(0, min(worth, wanted, room - taken))
+            request.spec_token_ids = request.spec_token_ids[:most]
             taken += len(request.spec_token_ids)
+        self._tokens_each += WIDTH_GAIN * (1 + taken / len(decodes) - self._tokens_each)
         return taken
 
     def _count(self, output: SchedulerOutput, by: int) -> None:
@@ -121,6 +126,7 @@ class PipelineScheduler(Scheduler):
             tokens_in_flight=self._tokens_in_flight,
             decode_steps=self._in_flight[False],
             prefill_steps=self._in_flight[True],
+            tokens_each=round(self._tokens_each),
             draft_chance=self._drafter.chance if self._drafter else None,
         )
 

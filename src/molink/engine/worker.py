@@ -87,6 +87,7 @@ class StageWorker:
         current_platform.update_block_size_for_backend(config)
         compat.allocate_input(self._worker.worker)
         compat.leave_drafting_to_engine(self._worker.worker)
+        compat.order_rows_alike(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
         self._receive = self._agreed_format(config)
         self._digests: dict[int, str] = {}  # of adapters, by their numbers

@@ -60,7 +60,7 @@ def round_s(ring: Ring, num_decoding: int, num_steps: int, tokens_each: int = 1)
 
 
 @lru_cache(maxsize=256)
-def micro_batches(ring: Ring, num_decoding: int, current: int) -> int:
+def micro_batches(ring: Ring, num_decoding: int, current: int, tokens_each: int = 1) -> int:
     """Decode steps to have in flight: those of the shortest round.
 
     More of them hide delays and keep every stage busy; each pays the fixed costs once more. Where
@@ -70,7 +70,7 @@ def micro_batches(ring: Ring, num_decoding: int, current: int) -> int:
     largest = max(1, min(num_decoding, MAX_STEPS))
     if num_decoding <= 1:
         return 1
-    rounds = {n: round_s(ring, num_decoding, n) for n in range(1, largest + 1)}
+    rounds = {n: round_s(ring, num_decoding, n, tokens_each) for n in range(1, largest + 1)}
     if current in rounds and rounds[current] <= (1 + HYSTERESIS) * min(rounds.values()):
         return current
     stages = len(ring.stages)

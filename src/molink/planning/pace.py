@@ -56,6 +56,7 @@ class Load:
     tokens_in_flight: int  # in all steps
     decode_steps: int  # in flight
     prefill_steps: int  # in flight, those that hold both among them
+    tokens_each: int = 1  # of a request in a decode step, with those drafted; a mean of late
     draft_chance: float | None = None  # that a drafted token is right; None: none are drafted
 
 
@@ -139,9 +140,9 @@ class Pace:
     def _decide(self, load: Load) -> PaceDecision:
         if self._is_measured and self._wanted.micro_batches is None and load.num_decoding:
             self._micro_batches = micro_batches(
-                self._decode, load.num_decoding, self._micro_batches
+                self._decode, load.num_decoding, self._micro_batches, load.tokens_each
             )
-        round_time = round_s(self._decode, load.num_decoding, self._micro_batches)
+        round_time = round_s(self._decode, load.num_decoding, self._micro_batches, load.tokens_each)
         stall = math.inf
         if self._is_measured and load.num_decoding:
             stall = max(MAX_STALL_S, round_time)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from molink.planning.micro_batches import Ring, round_s
+from molink.planning.micro_batches import HYSTERESIS, Ring, round_s
 
 MEMORY = 20  # drafted tokens that a chance is measured over
 PRIOR_WEIGHT = 2.0  # drafted tokens that all requests' chance counts for beside a request's own
@@ -50,6 +50,8 @@ def tokens_per_step(chance: float, num_drafted: int) -> float:
 def drafts_worth(ring: Ring, num_decoding: int, num_steps: int, chance: float, most: int) -> int:
     """Drafted tokens to take along for a request, when all others do likewise.
 
+    None unless they gain HYSTERESIS: verifying has costs that no stage's line shows.
+
     Args:
         num_steps: micro-batches that `num_decoding` requests are shared by.
         chance: that a drafted token is accepted, if those before it are.
@@ -64,4 +66,5 @@ def _drafts_worth(ring: Ring, num_decoding: int, num_steps: int, chance: int, mo
         seconds = round_s(ring, num_decoding, num_steps, 1 + num_drafted)
         return tokens_per_step(chance / CHANCES, num_drafted) / seconds
 
-    return max(range(most + 1), key=tokens_per_s)
+    best = max(range(most + 1), key=tokens_per_s)
+    return best if tokens_per_s(best) > (1 + HYSTERESIS) * tokens_per_s(0) else 0

@@ -60,7 +60,11 @@ def test_flags_for_one_machine_are_refused_by_name(
 @pytest.mark.parametrize(
     ("path", "value", "name"),
     [
-        ("speculative_config", SimpleNamespace(method="eagle"), "speculative decoding by eagle"),
+        (
+            "speculative_config",
+            SimpleNamespace(method="eagle", num_speculative_tokens_per_batch_size=None),
+            "speculative decoding by eagle",
+        ),
         ("watermark_config", object(), "watermarking"),
         ("model_config.is_diffusion", True, "a diffusion model"),
         ("model_config.is_encoder_decoder", True, "an encoder-decoder model"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molink.planning.costs import Line
-from molink.planning.micro_batches import Ring, round_s
+from molink.planning.micro_batches import HYSTERESIS, Ring, round_s
 from molink.planning.speculation import Acceptance, drafts_worth, tokens_per_step
 
 MOST = 6
@@ -37,7 +37,10 @@ def test_no_other_number_makes_more_tokens_a_second(
     for ring in (LONG, BUSY):
         chosen = drafts_worth(ring, running, steps, chance, MOST)
         best = max(tokens_per_s(ring, number) for number in range(MOST + 1))
-        assert tokens_per_s(ring, chosen) == pytest.approx(best)
+        none = tokens_per_s(ring, 0)
+        assert tokens_per_s(ring, chosen) == pytest.approx(
+            best if best > (1 + HYSTERESIS) * none else none
+        )
 
 
 def test_a_long_ring_takes_drafts_that_a_busy_stage_does_not() -> None:
