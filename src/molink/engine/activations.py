@@ -50,9 +50,14 @@ def unpack(
             dtype=getattr(torch, meta.dtype),
             count=meta.num_elements,
         ).view(meta.shape)
-        tensors[meta.name] = tensor if device.type == "cpu" else tensor.to(device)
+        tensors[meta.name] = tensor if device.type == "cpu" else _on(device, tensor)
         offset += meta.wire_bytes
     return tensors
+
+
+def _on(device: torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the host does not wait for; torch keeps the pinned memory until it is made."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _decoded(meta: TensorMeta, data: memoryview) -> planes.Bytes:

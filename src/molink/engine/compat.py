@@ -20,6 +20,7 @@ from vllm.entrypoints.serve.middleware import authenticate
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
+from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
@@ -161,6 +162,37 @@ def allocate_input(worker: Any) -> None:
     )
 
 
+def take_rows(worker: Any) -> None:
+    """Let a later stage take a step's own rows as its input, and no more.
+
+    With CUDA graphs a step computes more rows than it has tokens, and vLLM wants as many from the
+    stage before; which may pad otherwise, or not at all. What the other rows hold, nobody reads.
+    Breaks if the runner fills `intermediate_tensors` elsewhere.
+    """
+    runner = worker.model_runner
+
+    def gather(num_rows: int, received: Any, sync_self: bool) -> IntermediateTensors:
+        own = runner.intermediate_tensors
+        if sync_self:
+            for name, tensor in received.items():
+                own[name][: len(tensor)].copy_(tensor, non_blocking=True)
+        return IntermediateTensors({name: tensor[:num_rows] for name, tensor in own.items()})
+
+    runner.sync_and_gather_intermediate_tensors = gather
+
+
+def guard_input_buffers(worker: Any) -> None:
+    """Have the runner wait, before it lays out a step, until the last one's inputs are copied.
+
+    It fills the same pinned memory every time, and relies on sampling to wait for the device. A
+    stage that does not sample would fill it anew while the device still reads. vLLM has the event
+    for async scheduling; breaks if the runner stops asking for it (`synchronize_input_prep`).
+    """
+    runner = worker.model_runner
+    if runner.device.type == "cuda" and runner.prepare_inputs_event is None:
+        runner.prepare_inputs_event = torch.cuda.Event(blocking=True)
+
+
 def known_requests(worker: Any) -> set[str]:
     """Ids of the requests the runner keeps state of."""
     return set(worker.model_runner.requests)
@@ -174,6 +206,8 @@ def empty_batch(worker: Any) -> None:
     as they do anyway when micro-batches alternate.
     """
     batch = worker.model_runner.input_batch
+    if worker.model_runner.prepare_inputs_event is not None:  # its tables may still be copied
+        worker.model_runner.prepare_inputs_event.synchronize()
     with torch.inference_mode():
         for request_id in list(batch.req_id_to_index):
             batch.remove_request(request_id)

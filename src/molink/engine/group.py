@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from molink.core.errors import WireError
 from molink.engine.activations import StepId
 from molink.engine.senders import Sender
 
@@ -14,8 +15,7 @@ class StageGroup:
     """Stands where vLLM keeps the GroupCoordinator of pipeline parallelism.
 
     The stage loop puts a step's input in before it calls the worker, so nothing here ever blocks on
-    a network. `send` hands the step's output to the agent and returns handles of what must happen
-    before the output's memory may be written again.
+    a network. `send` hands the step's output to the agent.
     """
 
     def __init__(self, index: int, size: int, send: Sender) -> None:
@@ -24,12 +24,19 @@ class StageGroup:
         self.world_size = size
         self.ranks = list(range(size))
         self._step = StepId(0, 0)
+        self._num_rows = 0
         self._input: dict[str, torch.Tensor] | None = None
         self._send = send
 
-    def begin(self, step: StepId, step_input: dict[str, torch.Tensor] | None) -> None:
-        """Set the step that is about to run, and what came from the stage before."""
-        self._step, self._input = step, step_input
+    def begin(
+        self, step: StepId, num_rows: int, step_input: dict[str, torch.Tensor] | None
+    ) -> None:
+        """Set the step that is about to run, and what came from the stage before.
+
+        Args:
+            num_rows: tokens of the step; CUDA graphs compute more rows, which nobody needs.
+        """
+        self._step, self._num_rows, self._input = step, num_rows, step_input
 
     @property
     def first_rank(self) -> int:
@@ -58,17 +65,25 @@ class StageGroup:
     def irecv_tensor_dict(
         self, *_: Any, **__: Any
     ) -> tuple[dict[str, torch.Tensor], list[Any], list[Any]]:
-        """The input of the step that is about to run: tensors of [num_tokens, hidden_size]."""
+        """The input of the step that is about to run: tensors of [num_tokens, hidden_size].
+
+        Raises:
+            WireError: it has more or fewer rows than the step has tokens.
+        """
         step_input, self._input = self._input, None
         if step_input is None:
             raise RuntimeError("a step runs whose input has not arrived")
+        for name, tensor in step_input.items():
+            if len(tensor) != self._num_rows:
+                raise WireError(f"{len(tensor)} rows of {name} came for {self._num_rows} tokens")
         return step_input, [], []
 
     def isend_tensor_dict(
         self, tensor_dict: dict[str, torch.Tensor], *_: Any, **__: Any
     ) -> list[Any]:
-        """Send a step's output. vLLM skips the first handle and waits for the others."""
-        return [None, *self._send(self._step, tensor_dict)]
+        """Send a step's output. There is nothing to wait for."""
+        self._send(self._step, {name: t[: self._num_rows] for name, t in tensor_dict.items()})
+        return []
 
     @contextmanager
     def graph_capture(self, graph_capture_context: Any = None) -> Iterator[Any]:

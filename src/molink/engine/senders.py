@@ -1,7 +1,7 @@
 """How a step's output leaves the stage's device."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,8 +18,8 @@ class Sender(Protocol):
 
     format: HopFormat
 
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        """Returns handles to wait for before the output's memory is written again."""
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> None:
+        """The output's memory may be written again by whatever its device does next."""
         ...
 
 
@@ -36,8 +36,8 @@ class NoSender:
     def __init__(self) -> None:
         self.format = HopFormat()
 
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        return []
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> None:
+        return
 
 
 class CpuSender:
@@ -47,50 +47,36 @@ class CpuSender:
         self._send = send
         self.format = HopFormat()
 
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> None:
         self._send(step, self.format.shrink(tensors))
-        return []
 
 
 class CudaSender:
-    """Copies outputs to pinned memory on a side stream; a thread sends them when they are there.
+    """Copies outputs to pinned memory; a thread sends them when they are there.
 
-    They are brought into the hop's format on that stream, before they are copied. The next forward
-    may overwrite the outputs (they can be a graph's static buffers), so it waits for the copy,
-    through the returned handle, and never for the send.
+    The copy is queued behind the forward, on its own stream: so nothing that is queued later can
+    write what is still to be copied, be it a graph's static buffers or memory that was freed. It
+    takes microseconds, and the host waits for neither.
     """
 
     def __init__(self, send: SendHost) -> None:
         self._send = send
         self.format = HopFormat()
-        self._stream = torch.cuda.Stream()
         self._copies = InOrder("copies")
 
-    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            host = {
-                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
-                    tensor, non_blocking=True
-                )
-                for name, tensor in self.format.shrink(tensors).items()
-            }
-            copied = self._stream.record_event()
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> None:
+        host = {
+            name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(
+                tensor, non_blocking=True
+            )
+            for name, tensor in self.format.shrink(tensors).items()
+        }
+        copied = torch.cuda.Event()
+        copied.record()
         self._copies.submit(self._send_when, copied, step, host)
-        return [_StreamWait(copied)]
 
     def _send_when(
         self, copied: torch.cuda.Event, step: StepId, host: dict[str, torch.Tensor]
     ) -> None:
         copied.synchronize()
         self._send(step, host)
-
-
-class _StreamWait:
-    """Makes the compute stream, not the host, wait for a copy."""
-
-    def __init__(self, copied: torch.cuda.Event) -> None:
-        self._copied = copied
-
-    def wait(self) -> None:
-        torch.cuda.current_stream().wait_event(self._copied)

@@ -15,6 +15,7 @@ from molink.engine.activations import Parts, StepId
 from molink.engine.grammar import unpack_grammar
 from molink.engine.inbox import Inbox, StepAbandonedError, Turn
 from molink.engine.objections import one_line
+from molink.engine.step_timer import StepKind, StepTimer, timer_for
 from molink.engine.worker import StageOptions, StageWorker
 from molink.planning.costs import LineFit
 from molink.planning.micro_batches import DECODE_COST_TOKENS, STEP_COST_TOKENS
@@ -39,6 +40,7 @@ class StageLoop:
         self._options = options
         self._inbox = Inbox(socket, codec)
         self._worker: StageWorker | None = None
+        self._timer: StepTimer | None = None
         self.counters = to_agent.StageCounters()
         self._bytes_out = self._tokens = 0  # since the last report
         self._costs = {False: LineFit(DECODE_COST_TOKENS), True: LineFit(STEP_COST_TOKENS)}
@@ -80,17 +82,19 @@ class StageLoop:
     # Steps
 
     def _step(self, turn: Turn) -> None:
-        worker, message = self._worker, turn.message
-        if worker is None:  # of a pipeline that was lost before this stage was in one
+        worker, timer, message = self._worker, self._timer, turn.message
+        if worker is None or timer is None:  # of a pipeline lost before this stage was in one
             return
         sample_now, is_prefill, _, output = turn.content
-        has_tokens = output.total_num_scheduled_tokens > 0
+        num_tokens = output.total_num_scheduled_tokens
+        has_tokens = num_tokens > 0
         priority = Priority.PREFILL if is_prefill else Priority.DECODE
         worker.group.begin(
             StepId(message.epoch, message.sequence, priority),
+            num_tokens,
             turn.activations and worker.unpack(turn.activations.payload),
         )
-        started = time.perf_counter()
+        timer.start()
         result = worker.execute_model(output)
         if has_tokens and worker.group.is_last_rank:
             if result is None:
@@ -99,8 +103,9 @@ class StageLoop:
         elif has_tokens:
             worker.sample(output, None)
         if has_tokens:
-            seconds = time.perf_counter() - started
-            self._count(output.total_num_scheduled_tokens, is_prefill, seconds)
+            timer.stop(StepKind(num_tokens, is_prefill))
+        for kind, seconds in timer.finished():
+            self._count(*kind, seconds)
 
     def _count(self, tokens: int, is_prefill: bool, seconds: float) -> None:
         self.counters.steps += 1
@@ -146,6 +151,7 @@ class StageLoop:
     def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method == "load":
             self._worker = self._load(*args)
+            self._timer = timer_for(self._worker.device)
             self._inbox.previous = _stage_of(self._worker.previous_node)
             return self._worker.takes_sum
         worker = self._loaded()

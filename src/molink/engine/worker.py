@@ -88,6 +88,8 @@ class StageWorker:
         compat.allocate_input(self._worker.worker)
         compat.leave_drafting_to_engine(self._worker.worker)
         compat.order_rows_alike(self._worker.worker)
+        compat.take_rows(self._worker.worker)
+        compat.guard_input_buffers(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
         self._receive = self._agreed_format(config)
         self._digests: dict[int, str] = {}  # of adapters, by their numbers

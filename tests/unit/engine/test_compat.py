@@ -14,19 +14,20 @@ from hypothesis import strategies as st
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import parallel_state
 from vllm.entrypoints.serve.middleware import authenticate
+from vllm.sequence import IntermediateTensors
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from molink.core.plan import LayerRange
 from molink.engine import compat
 from molink.engine.group import StageGroup
+from molink.engine.senders import sender_for
 
 from .conftest import MakeConfig
 
-
-def no_send(*_: Any) -> list[Any]:
-    return []
+no_send = sender_for("cpu", lambda step, tensors: None)
 
 
 # --- which layers are here
@@ -159,6 +160,58 @@ def test_what_an_empty_step_can_say(name: str, value: Any) -> None:
     assert not compat.says_something(output)
     setattr(output, name, value)
     assert compat.says_something(output)
+
+
+# --- rows of a step
+
+
+def with_input(max_rows: int) -> Any:
+    """A runner that has its input buffers, with vLLM's own method."""
+    runner: Any = GPUModelRunner.__new__(GPUModelRunner)
+    names = ("hidden_states", "residual")
+    runner.intermediate_tensors = IntermediateTensors({n: torch.zeros(max_rows, 2) for n in names})
+    return runner
+
+
+def three_rows() -> IntermediateTensors:
+    return IntermediateTensors({n: torch.ones(3, 2) for n in ("hidden_states", "residual")})
+
+
+@pytest.mark.parametrize("num_rows", [3, 4])
+def test_a_stage_takes_the_rows_of_a_step_and_computes_as_many_as_it_likes(num_rows: int) -> None:
+    runner = with_input(8)
+    compat.take_rows(SimpleNamespace(model_runner=runner))
+    taken = runner.sync_and_gather_intermediate_tensors(num_rows, three_rows(), True)
+    for name, tensor in taken.items():
+        assert tensor.shape == (num_rows, 2)
+        assert torch.equal(tensor[:3], torch.ones(3, 2))
+        assert tensor.data_ptr() == runner.intermediate_tensors[name].data_ptr()
+
+
+def test_a_warm_up_has_no_input() -> None:
+    runner = with_input(8)
+    compat.take_rows(SimpleNamespace(model_runner=runner))
+    taken = runner.sync_and_gather_intermediate_tensors(5, None, False)
+    assert [tensor.shape for _, tensor in taken.items()] == [(5, 2), (5, 2)]
+
+
+def test_vllms_own_runner_wants_the_rows_that_it_computes() -> None:
+    """Otherwise nothing would have to be done."""
+    with pytest.raises(RuntimeError, match="size"):
+        with_input(8).sync_and_gather_intermediate_tensors(4, three_rows(), True)
+
+
+def test_the_runner_waits_for_what_it_is_told_to_wait_for() -> None:
+    waited: list[str] = []
+    runner: Any = GPUModelRunner.__new__(GPUModelRunner)
+    runner.prepare_inputs_event = SimpleNamespace(
+        synchronize=lambda: waited.append("copied"), record=lambda: waited.append("queued")
+    )
+    with runner.synchronize_input_prep():
+        waited.append("laid out")
+    runner.input_batch = SimpleNamespace(req_id_to_index={})
+    compat.empty_batch(SimpleNamespace(model_runner=runner))
+    assert waited == ["copied", "laid out", "queued", "copied"]
 
 
 # --- seeded generators

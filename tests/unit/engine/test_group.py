@@ -1,27 +1,30 @@
 """The pipeline group that vLLM's worker meets instead of torch.distributed."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.distributed.parallel_state import GroupCoordinator
 
+from molink.core.errors import WireError
 from molink.engine.activations import StepId
 from molink.engine.group import StageGroup
+from molink.engine.hop_format import HopFormat
 
-Sent = list[tuple[StepId, dict[str, torch.Tensor]]]
+
+class Recorder:
+    """A sender that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.format = HopFormat()
+        self.sent: list[tuple[StepId, dict[str, torch.Tensor]]] = []
+
+    def __call__(self, step: StepId, tensors: dict[str, torch.Tensor]) -> None:
+        self.sent.append((step, tensors))
 
 
-def group(index: int = 1, size: int = 3, sent: Sent | None = None, handles: Any = ()) -> StageGroup:
-    sent = [] if sent is None else sent
-
-    def send(step: StepId, tensors: dict[str, torch.Tensor]) -> list[Any]:
-        sent.append((step, tensors))
-        return list(handles)
-
-    return StageGroup(index, size, send)
+def group(index: int = 1, size: int = 3, send: Recorder | None = None) -> StageGroup:
+    return StageGroup(index, size, send or Recorder())
 
 
 def activations() -> dict[str, torch.Tensor]:
@@ -30,7 +33,7 @@ def activations() -> dict[str, torch.Tensor]:
 
 def test_input_is_taken_once() -> None:
     stage, arrived = group(), activations()
-    stage.begin(StepId(1, 1), arrived)
+    stage.begin(StepId(1, 1), 2, arrived)
     tensors, handles, postprocess = stage.irecv_tensor_dict(all_gather_group=None)
     assert tensors is arrived
     assert handles == postprocess == []  # nothing is left to wait for
@@ -40,27 +43,42 @@ def test_input_is_taken_once() -> None:
 
 def test_a_step_never_runs_on_the_input_of_another() -> None:
     stage = group()
-    stage.begin(StepId(1, 1), activations())  # a step without tokens takes no input
-    stage.begin(StepId(1, 2), None)
+    stage.begin(StepId(1, 1), 0, activations())  # a step without tokens takes no input
+    stage.begin(StepId(1, 2), 2, None)
     with pytest.raises(RuntimeError, match="not arrived"):
         stage.irecv_tensor_dict()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_input_of_other_rows_than_the_step_has_tokens_is_refused(num_tokens: int) -> None:
+    stage = group()
+    stage.begin(StepId(1, 1), num_tokens, activations())
+    with pytest.raises(WireError, match=f"2 rows of hidden_states came for {num_tokens} tokens"):
+        stage.irecv_tensor_dict()
+
+
 def test_output_is_sent_under_the_step_that_runs() -> None:
-    sent: Sent = []
-    stage = group(sent=sent)
+    send = Recorder()
+    stage = group(send=send)
     outputs = [activations(), activations()]
     for number, output in enumerate(outputs):
-        stage.begin(StepId(4, number), activations())
-        stage.isend_tensor_dict(output, all_gather_group=None, all_gather_tensors={})
-    assert [step for step, _ in sent] == [StepId(4, 0), StepId(4, 1)]
-    assert all(tensors is output for (_, tensors), output in zip(sent, outputs, strict=True))
+        stage.begin(StepId(4, number), 2, activations())
+        handles = stage.isend_tensor_dict(output, all_gather_group=None, all_gather_tensors={})
+        assert handles == []  # nothing for vLLM to wait for
+    assert [step for step, _ in send.sent] == [StepId(4, 0), StepId(4, 1)]
+    for (_, tensors), output in zip(send.sent, outputs, strict=True):
+        assert {name: t.data_ptr() for name, t in tensors.items()} == {
+            name: t.data_ptr() for name, t in output.items()
+        }
 
 
-def test_vllm_waits_for_all_handles_but_the_first() -> None:
-    copied = object()
-    assert group(handles=[copied]).isend_tensor_dict(activations()) == [None, copied]
-    assert group().isend_tensor_dict(activations()) == [None]
+def test_rows_that_a_graph_computes_beyond_the_steps_tokens_stay_here() -> None:
+    send = Recorder()
+    stage = group(send=send)
+    stage.begin(StepId(1, 1), 5, None)
+    stage.isend_tensor_dict({"hidden_states": torch.arange(8.0).view(8, 1)})
+    ((_, tensors),) = send.sent
+    assert tensors["hidden_states"].flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n))))

@@ -29,7 +29,8 @@ def new_batch() -> InputBatch:
 def run(batch: InputBatch, names: list[str], *, afresh: bool) -> list[str]:
     """Lay out a step as the runner does (`_update_states`); whose row is which."""
     if afresh:
-        worker: Any = SimpleNamespace(model_runner=SimpleNamespace(input_batch=batch))
+        runner = SimpleNamespace(input_batch=batch, prepare_inputs_event=None)
+        worker: Any = SimpleNamespace(model_runner=runner)
         empty_batch(worker)
     for name in set(batch.req_id_to_index) - set(names):
         batch.remove_request(name)
