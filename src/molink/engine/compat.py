@@ -24,7 +24,7 @@ from vllm.sequence import IntermediateTensors
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
-from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker import gpu_worker
 
 from molink.core.plan import LayerRange
 from molink.engine.environment import FLAGS_VARIABLE
@@ -79,15 +79,28 @@ def says_something(output: SchedulerOutput) -> bool:
     )
 
 
+def worker_modules() -> list[Any]:
+    """The modules of vLLM that a worker of this platform comes from.
+
+    That of the CPU's is imported on a CPU alone: it replaces `torch.cuda.Event` and its like by
+    ones that wait for nothing (`v1/worker/cpu/shm.py`).
+    """
+    if not current_platform.is_cpu():
+        return [gpu_worker]
+    from vllm.v1.worker import cpu_worker
+
+    return [gpu_worker, cpu_worker]
+
+
 @contextmanager
 def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
     """While a worker initialises torch.distributed, the world is this stage's own ranks.
 
-    Afterwards the pipeline group is ours. Both worker modules import
+    Afterwards the pipeline group is ours. Worker modules import
     `init_worker_distributed_environment` by name, and `parallel_state._PP` is what `get_pp_group`
     returns; renaming either breaks this.
     """
-    parallel = config.parallel_config
+    parallel, modules = config.parallel_config, worker_modules()
     original = gpu_worker.init_worker_distributed_environment
 
     def initialise(*args: Any, **kwargs: Any) -> None:
@@ -99,13 +112,13 @@ def stage_alone(config: VllmConfig, group: StageGroup) -> Iterator[None]:
         parallel.pipeline_parallel_size, parallel.world_size = whole
         parallel_state._PP = group
 
-    cpu_worker.init_worker_distributed_environment = initialise
-    gpu_worker.init_worker_distributed_environment = initialise
+    for module in modules:
+        module.init_worker_distributed_environment = initialise
     try:
         yield
     finally:
-        cpu_worker.init_worker_distributed_environment = original
-        gpu_worker.init_worker_distributed_environment = original
+        for module in modules:
+            module.init_worker_distributed_environment = original
 
 
 @contextmanager

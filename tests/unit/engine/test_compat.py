@@ -1,6 +1,8 @@
 """The touches on what is not vLLM's public API, against vLLM's own objects."""
 
 import dataclasses
+import subprocess
+import sys
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,7 @@ from vllm.entrypoints.serve.middleware import authenticate
 from vllm.sequence import IntermediateTensors
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
-from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from molink.core.plan import LayerRange
@@ -27,6 +29,7 @@ from molink.engine.senders import sender_for
 
 from .conftest import MakeConfig
 
+MODULES = compat.worker_modules()
 no_send = sender_for("cpu", lambda step, tensors: None)
 
 
@@ -65,12 +68,12 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         seen.append((parallel.pipeline_parallel_size, parallel.world_size))
 
     monkeypatch.setattr(parallel_state, "_PP", None)
-    for module in (cpu_worker, gpu_worker):
+    for module in MODULES:
         monkeypatch.setattr(module, "init_worker_distributed_environment", initialise)
     return seen
 
 
-@pytest.mark.parametrize("module", [cpu_worker, gpu_worker])
+@pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_stage_is_alone_while_it_initialises(
     make_config: MakeConfig, worlds: list[tuple[int, int]], module: Any, size: int
@@ -88,23 +91,31 @@ def test_a_stage_is_alone_while_it_initialises(
 
 @pytest.mark.usefixtures("worlds")
 def test_vllms_function_is_back_afterwards(head_config: VllmConfig) -> None:
-    whole = cpu_worker.init_worker_distributed_environment
+    whole = gpu_worker.init_worker_distributed_environment
 
     def fail() -> None:
         with compat.stage_alone(head_config, StageGroup(0, 2, no_send)):
-            assert cpu_worker.init_worker_distributed_environment is not whole
+            assert gpu_worker.init_worker_distributed_environment is not whole
             raise RuntimeError("no device")
 
     with pytest.raises(RuntimeError, match="no device"):
         fail()
-    assert cpu_worker.init_worker_distributed_environment is whole
-    assert gpu_worker.init_worker_distributed_environment is whole
+    for module in MODULES:
+        assert module.init_worker_distributed_environment is whole
 
 
-def test_both_workers_initialise_through_a_name_in_their_own_module() -> None:
+def test_workers_initialise_through_a_name_in_their_own_module() -> None:
     name = "init_worker_distributed_environment"
-    assert name in cpu_worker.CPUWorker.init_device.__code__.co_names
     assert name in gpu_worker.Worker.init_device.__wrapped__.__code__.co_names
+    for module in set(MODULES) - {gpu_worker}:
+        assert name in module.CPUWorker.init_device.__code__.co_names
+
+
+def test_a_stage_does_not_import_what_makes_waiting_for_a_gpu_a_joke() -> None:
+    """vLLM's worker for CPUs replaces torch's events by ones that wait for nothing."""
+    program = "import torch; event = torch.cuda.Event; import molink.engine.stage; "
+    program += "raise SystemExit(event is not torch.cuda.Event)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 def test_groups_of_one_rank_are_one_group_of_each_backend(monkeypatch: pytest.MonkeyPatch) -> None:
