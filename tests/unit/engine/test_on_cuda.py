@@ -1,16 +1,14 @@
 """What only an accelerator shows: work that is queued and not yet done. Skipped without one."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
 from vllm import ir
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.layernorm import RMSNorm
 
 from molink.engine.activations import StepId, pack, unpack
-from molink.engine.exact_sum import put_together, take_apart
+from molink.engine.exact_sum import HIDDEN, RESIDUAL, put_together, take_apart
 from molink.engine.hop_format import HopFormat
 from molink.engine.senders import CudaSender
 from molink.engine.step_timer import CudaTimer, StepKind
@@ -47,7 +45,7 @@ def test_an_output_is_sent_as_it_was_though_its_memory_is_written_again(has_sum:
     arrivals = Arrivals()
     send = CudaSender(arrivals)
     send.format = HopFormat(has_sum=has_sum)
-    static = {name: torch.zeros(SHAPE, device=GPU) for name in ("hidden_states", "residual")}
+    static = {name: torch.zeros(SHAPE, device=GPU) for name in (HIDDEN, RESIDUAL)}
     for number in range(20):
         busy()
         for tensor in static.values():
@@ -62,22 +60,22 @@ def test_an_output_is_sent_as_it_was_though_its_memory_is_written_again(has_sum:
 def test_an_output_is_sent_as_it_was_though_its_memory_is_freed() -> None:
     arrivals = Arrivals()
     send = CudaSender(arrivals)
-    payload = bytearray(b"".join(pack({"hidden_states": torch.full(SHAPE, -1.0)})))
+    payload = bytearray(b"".join(pack({HIDDEN: torch.full(SHAPE, -1.0)})))
     for number in range(20):
         busy()
-        send(StepId(1, number), {"hidden_states": torch.full(SHAPE, float(number), device=GPU)})
+        send(StepId(1, number), {HIDDEN: torch.full(SHAPE, float(number), device=GPU)})
         unpack(payload, GPU)  # the next step's input takes that memory
     arrivals.wait(20)
     for number, tensors in arrivals.tensors.items():
-        assert torch.equal(tensors["hidden_states"], torch.full(SHAPE, float(number)))
+        assert torch.equal(tensors[HIDDEN], torch.full(SHAPE, float(number)))
 
 
 def test_received_memory_may_be_reused_at_once() -> None:
     found = []
     for number in range(20):
-        payload = bytearray(b"".join(pack({"hidden_states": torch.full(SHAPE, float(number))})))
+        payload = bytearray(b"".join(pack({HIDDEN: torch.full(SHAPE, float(number))})))
         busy()
-        found.append(unpack(payload, GPU)["hidden_states"])
+        found.append(unpack(payload, GPU)[HIDDEN])
         payload[64:] = bytes(len(payload) - 64)
     for number, tensor in enumerate(found):
         assert torch.equal(tensor, torch.full(SHAPE, float(number), device=GPU))
@@ -99,20 +97,22 @@ def test_a_step_takes_as_long_as_its_work_and_not_as_its_queueing() -> None:
     assert not list(timer.finished())
 
 
-@pytest.fixture(params=["vllm_c", "native"])
-def kernel(request: pytest.FixtureRequest, head_config: VllmConfig) -> Iterator[str]:
-    with set_current_vllm_config(head_config), torch.inference_mode():
-        yield request.param
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_cannot_tell_the_sum_without_loss(kernel: str, dtype: torch.dtype) -> None:
-    add_and_norm = RMSNorm(SHAPE[1]).to(GPU, dtype)
-    add_and_norm.weight.normal_()
-    both = {name: torch.randn(SHAPE).to(dtype) for name in ("hidden_states", "residual")}
-    with ir.ops.fused_add_rms_norm.set_priority([kernel]):
-        expected, found = (
-            add_and_norm(pair["hidden_states"].to(GPU), pair["residual"].to(GPU))
-            for pair in (both, put_together(take_apart(both), dtype))
-        )
-    assert all(map(torch.equal, found, expected))
+@pytest.mark.parametrize(("kernel", "rounds_first"), [("vllm_c", True), ("native", False)])
+def test_norms_cannot_tell_the_sum_without_loss(
+    kernel: str, rounds_first: bool, dtype: torch.dtype
+) -> None:
+    """The rounded sum they can, unless they round it themselves before they use it."""
+    add_and_norm = ir.ops.fused_add_rms_norm.impls[kernel].impl_fn
+    weight = torch.randn(SHAPE[1], device=GPU).to(dtype)
+    both = {name: torch.randn(SHAPE, device=GPU).to(dtype) for name in (HIDDEN, RESIDUAL)}
+    total = both[HIDDEN] + both[RESIDUAL]
+
+    def normed(hidden: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+        return list(add_and_norm(hidden.clone(), residual.clone(), weight, 1e-6))
+
+    expected = normed(both[HIDDEN], both[RESIDUAL])
+    pair = put_together(take_apart(both), dtype)
+    assert all(map(torch.equal, normed(pair[HIDDEN], pair[RESIDUAL]), expected))
+    rounded = normed(torch.zeros_like(total), total)
+    assert torch.equal(rounded[0], expected[0]) == rounds_first
