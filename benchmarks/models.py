@@ -7,8 +7,6 @@ from pathlib import Path
 
 BUNDLED = Path(__file__).parents[1] / "models" / "molink-mini"
 SEED = 20261121
-INITIALIZER_RANGE = 0.08  # smaller ones give one token over and over at this width
-NUM_HEADS = 12
 ADAPTER_RANK = 16
 ADAPTER_SCALE = 0.02
 
@@ -21,6 +19,13 @@ class Shape:
     hidden_size: int = 768
     intermediate_size: int = 2048
     vocab_size: int = 4096
+    num_heads: int = 12
+    num_kv_heads: int = 12
+    initializer_range: float = 0.08  # smaller ones give one token over and over at this width
+
+    @property
+    def kv_size(self) -> int:
+        return self.hidden_size // self.num_heads * self.num_kv_heads
 
     @property
     def name(self) -> str:
@@ -41,6 +46,9 @@ class Subject:
 
 
 RANDOM = Shape(num_layers=12)  # 88 M parameters
+WIDE = Shape(  # 1.46 B parameters, for a GPU
+    24, 2048, 8192, vocab_size=1536, num_heads=32, num_kv_heads=8, initializer_range=0.05
+)
 HALF = Shape(num_layers=6)  # what one of two stages computes, with both embedding and head
 
 
@@ -95,12 +103,12 @@ def _config(shape: Shape) -> dict[str, object]:
         "dtype": "bfloat16",
         "hidden_act": "silu",
         "hidden_size": shape.hidden_size,
-        "initializer_range": INITIALIZER_RANGE,
+        "initializer_range": shape.initializer_range,
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": 2048,
-        "num_attention_heads": NUM_HEADS,
+        "num_attention_heads": shape.num_heads,
         "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": NUM_HEADS,
+        "num_key_value_heads": shape.num_kv_heads,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "tie_word_embeddings": True,
@@ -129,7 +137,7 @@ def _write_weights(path: Path, shape: Shape) -> None:
     hidden, inner = shape.hidden_size, shape.intermediate_size
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        values = torch.randn(rows, columns, generator=generator) * INITIALIZER_RANGE
+        values = torch.randn(rows, columns, generator=generator) * shape.initializer_range
         return values.to(torch.bfloat16)
 
     ones = torch.ones(hidden, dtype=torch.bfloat16)
@@ -140,7 +148,8 @@ def _write_weights(path: Path, shape: Shape) -> None:
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
         for name in "qkvo":
-            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(hidden, hidden)
+            rows = shape.kv_size if name in "kv" else hidden
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = matrix(rows, hidden)
         weights[f"{prefix}.mlp.gate_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.up_proj.weight"] = matrix(inner, hidden)
         weights[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)

@@ -7,6 +7,11 @@ medians over the rounds, ratios are paired by round. Prints tables, writes JSON,
     python benchmarks/pipeline.py [--quick] [--rounds N] [--json FILE]
     python benchmarks/pipeline.py --plain     `molink serve MODEL` against vLLM's own server
     python benchmarks/pipeline.py --memory    resident memory at request 2,000 and 10,000
+    python benchmarks/pipeline.py --gpu       one process beside stages that share one NVIDIA GPU
+
+With --gpu all use CUDA graphs, prompts have 256 tokens, and first the bundled model answers in
+float32: how many tokens differ from those of one process. Stages that share a GPU take turns on it,
+so what they lose is what the pipeline itself takes.
 """
 
 import argparse
@@ -18,10 +23,11 @@ import report
 from contestants import Contestant, Molink, MolinkAlone, Vllm, VllmDefault
 from curve import measure_curve
 from measure import Sample, Say, alternate, serving
-from models import BUNDLED, HALF, RANDOM, Subject, existing, random_model
+from models import BUNDLED, HALF, RANDOM, WIDE, Subject, existing, random_model
 from rich.console import Console
 from soak import soak
 from terminal import run
+from wire_tokens import Answers, Examiner
 from workload import Workload
 
 from molink.planning.micro_batches import prefill_tokens_per_step
@@ -31,6 +37,11 @@ ONE, VLLM_TWO, OURS_ALONE = "one process", "vLLM's pipeline, 2", "molink serve"
 VLLM_CUT = "vLLM's pipeline, 2, cut prefill"
 MEMORY_MARKS = (2_000, 10_000)  # requests
 MEMORY_LIMIT_S = 300.0
+GPU_FLAGS = (
+    "--no-enforce-eager",
+    "--gpu-memory-utilization=0.05",  # must be free; how much is used says the next
+    f"--kv-cache-memory-bytes={1 << 30}",
+)
 
 
 class Benchmark:
@@ -40,11 +51,16 @@ class Benchmark:
         self._options = options
         self._console = console
         self._say = say
-        self._workload = Workload(output_tokens=16) if options.quick else Workload()
+        prompt_tokens = 256 if options.gpu else 128
+        output_tokens = 16 if options.quick else 64
+        self._workload = Workload(prompt_tokens=prompt_tokens, output_tokens=output_tokens)
         self._rounds = options.rounds or (2 if options.quick else 6)
         self.results: dict[str, Any] = {}
 
     def run(self) -> None:
+        if self._options.gpu:
+            self._gpu()
+            return
         subjects = self._subjects()
         if self._options.memory:
             self._memory(subjects[-1])
@@ -76,6 +92,25 @@ class Benchmark:
         if subject.name == RANDOM.name and 2 in self._options.stages:
             self._bounds(samples)
 
+    def _gpu(self) -> None:
+        exact = self._on_gpu(existing(BUNDLED), ("--dtype=float32",))
+        with serving(exact, self._workload, self._say):
+            one, *ours = map(_answers, exact)
+        found = {each.name: said.unlike(one) for each, said in zip(exact[1:], ours, strict=True)}
+        self.results["beside one process, float32"] = found
+        for name, shares in found.items():
+            self._console.print(report.values_table(f"{name}, beside one process, float32", shares))
+        for path in self._options.model or [random_model(WIDE).path]:
+            contestants = self._on_gpu(existing(path))
+            pairs = [(each.name, ONE) for each in contestants[1:]]
+            self._compare(contestants[0].subject, contestants, pairs)
+
+    def _on_gpu(self, subject: Subject, flags: tuple[str, ...] = ()) -> list[Contestant]:
+        """One process, and stages beside it on the same GPU."""
+        flags = (*GPU_FLAGS, *flags)
+        ours = [Molink(_ours(number), subject, number, flags) for number in self._options.stages]
+        return [Vllm(ONE, subject, flags=flags), *ours]
+
     def _compare(
         self, subject: Subject, contestants: list[Contestant], pairs: list[tuple[str, str]]
     ) -> dict[str, list[Sample]]:
@@ -103,6 +138,11 @@ class Benchmark:
             self._console.print(report.values_table(title, values))
 
 
+def _answers(contestant: Contestant) -> Answers:
+    contestant.resume()
+    return Examiner(contestant.url, contestant.subject).answers()
+
+
 def _cut(workload: Workload) -> tuple[str, ...]:
     prompts = workload.num_requests * workload.prompt_tokens
     return (f"--max-num-batched-tokens={prefill_tokens_per_step(prompts, num_stages=2)}",)
@@ -128,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, help="write every figure here")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plain", action="store_true", help="one node against vLLM's own server")
+    mode.add_argument("--gpu", action="store_true", help="stages share one NVIDIA GPU")
     mode.add_argument("--memory", action="store_true", help="memory under many short requests")
     return parser
 
