@@ -113,9 +113,12 @@ class Switch:
 
         A receiver puts messages together in order, and a direct link may come or go meanwhile.
         """
+        now = self.links.get(node) or self.links.get(HEAD)
+        if header.length == header.total and not self._ways:
+            return now
         message = (header.source, header.rank, header.priority, node)
         way = self._ways.pop(message, None)
-        link = (header.offset and way) or self.links.get(node) or self.links.get(HEAD)
+        link = (header.offset and way) or now
         is_last = header.offset + header.length == header.total
         if link is not None and header.source.node == self.node and not is_last:
             self._ways[message] = link

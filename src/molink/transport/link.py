@@ -139,7 +139,11 @@ class Link:
                 await self._stream.write(data)
 
     def _next_message(self) -> bytes | None:
-        """A receipt if one is due, or what waits in the queue if there is room in flight."""
+        """A receipt if one is due, or what waits in the queue if there is room in flight.
+
+        A message of its own costs more than all else about a receipt, so one that is soon due
+        leaves with a small message.
+        """
         now = time.monotonic()
         if self._intake.is_due:
             return self._intake.receipt(self.bytes_received, now)
@@ -148,10 +152,12 @@ class Link:
         data = self.queue.take(self.window.piece)
         if data is None:
             self.window.on_starved()
-        else:
-            self.window.on_sent(len(data), now)
-            if pieces.lane_of(data) in STEPS:
-                self._steps_end = self.window.sent
+            return None
+        self.window.on_sent(len(data), now)
+        if pieces.lane_of(data) in STEPS:
+            self._steps_end = self.window.sent
+        if self._intake.is_soon_due(now) and len(data) <= self.window.piece // 2:
+            return self._intake.receipt(self.bytes_received, now) + data
         return data
 
     async def _receive_all(self, handle: FrameHandler) -> None:
@@ -159,10 +165,12 @@ class Link:
         while (data := await self._stream.read()) is not grpc.aio.EOF:
             self._heard_at = time.monotonic()
             if data and data[0] == pieces.RECEIPT:
-                receipt, self.queue.paused = pieces.unpack_receipt(data)
+                receipt, self.queue.paused, data = pieces.split_receipt(data)
                 self.window.on_receipt(receipt, self._heard_at)
-                self._wake.set()
-                continue
+                if len(self.queue):
+                    self._wake.set()
+                if not data:
+                    continue
             self.bytes_received += len(data)
             self._intake.arrived(self._heard_at)
             for header, frame in frames.take(data):
@@ -181,7 +189,7 @@ class _Intake:
     def __init__(self, due: Callable[[], None]) -> None:
         self.is_due = False
         self._due = due
-        self._arrived_s = 0.0
+        self._first_s = self._arrived_s = 0.0  # of what arrived since the last receipt
         self._timer: asyncio.TimerHandle | None = None
         self._full: dict[asyncio.Future[None], Priority] = {}
         self._overrun = 0  # bytes handled of classes that are to pause
@@ -189,10 +197,15 @@ class _Intake:
     def arrived(self, now: float) -> None:
         self._arrived_s = now
         if self._timer is None:
+            self._first_s = now
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(RECEIPT_INTERVAL_S, self._is_due_now)
 
+    def is_soon_due(self, now: float) -> bool:
+        return self._timer is not None and now - self._first_s >= RECEIPT_INTERVAL_S / 2
+
     def receipt(self, received: int, now: float) -> bytes:
+        self.close()
         self.is_due = False
         receipt = Receipt(received, self._arrived_s, now - self._arrived_s)
         return pieces.pack_receipt(receipt, set(self._full.values()))

@@ -2,7 +2,7 @@
 
     PROTOCOL_VERSION     one or more whole frames, each of which begins with it
     PIECE + priority     the next bytes of a frame of that class, which is not sent whole
-    RECEIPT              how much the sender of the receipt has received
+    RECEIPT              how much the sender of the receipt has received; a message may follow
 
 The frames of a class arrive in order; those of different classes overtake one another.
 """
@@ -17,6 +17,7 @@ from molink.wire.frames import HEADER_SIZE, PRIORITY_AT, FrameHeader, Priority
 PIECE = 0x80
 RECEIPT = 0xFF
 _RECEIPT = struct.Struct("<BQddB")  # what, bytes, arrived, held, paused classes as bits
+_LANES = tuple(Priority)
 Frame = tuple[FrameHeader, bytes]
 
 
@@ -27,23 +28,27 @@ def join(lane: Priority, piece: memoryview) -> bytes:
 
 def lane_of(message: bytes) -> Priority:
     """The class of (the first) frame of a message that is no receipt."""
-    return Priority(message[0] - PIECE if message[0] >= PIECE else message[PRIORITY_AT])
+    return _LANES[message[0] - PIECE if message[0] >= PIECE else message[PRIORITY_AT]]
 
 
 def pack_receipt(receipt: Receipt, paused: Iterable[Priority]) -> bytes:
     return _RECEIPT.pack(RECEIPT, *receipt, sum(1 << lane for lane in paused))
 
 
-def unpack_receipt(data: bytes) -> tuple[Receipt, frozenset[Priority]]:
-    """Raises WireError for what `pack_receipt` does not make."""
+def split_receipt(data: bytes) -> tuple[Receipt, frozenset[Priority], bytes]:
+    """A receipt, the classes that are to pause, and the message that follows it, if one does.
+
+    Raises:
+        WireError: `pack_receipt` does not make that.
+    """
     try:
-        _, received, arrived_s, held_s, bits = _RECEIPT.unpack(data)
+        _, received, arrived_s, held_s, bits = _RECEIPT.unpack_from(data)
     except struct.error as error:
         raise WireError(f"a receipt of {len(data)} bytes") from error
     if not (abs(arrived_s) <= 1e15 and 0 <= held_s <= 1e9 and bits < 1 << len(Priority)):
         raise WireError("a receipt makes no sense")
     paused = frozenset(lane for lane in Priority if bits & 1 << lane)
-    return Receipt(received, arrived_s, held_s), paused
+    return Receipt(received, arrived_s, held_s), paused, data[_RECEIPT.size :]
 
 
 class Reassembly:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from molink.transport import pieces
 from molink.wire.frames import MAX_PAYLOAD, Priority
@@ -22,8 +22,10 @@ class Turns:
         self._now = 0.0  # virtual time: bytes of a lane of weight one
         self._ready_at = dict.fromkeys(WEIGHTS, 0.0)
 
-    def choose(self, waiting: Iterable[Priority]) -> Priority | None:
-        return min(waiting, key=lambda lane: (self._start(lane), lane), default=None)
+    def choose(self, waiting: Sequence[Priority]) -> Priority:
+        if len(waiting) == 1:
+            return waiting[0]
+        return min(waiting, key=lambda lane: (self._start(lane), lane))
 
     def charge(self, lane: Priority, size: int) -> None:
         if lane != Priority.CONTROL:
@@ -121,9 +123,9 @@ class FrameQueue:
         Small frames leave together, and large ones in pieces.
         """
         waiting = [p for p, lane in self._lanes.items() if lane.frames and p not in self.paused]
-        priority = self._turns.choose(waiting)
-        if priority is None:
+        if not waiting:
             return None
+        priority = self._turns.choose(waiting)
         lane = self._lanes[priority]
         message, length = lane.take(priority, size)
         self._turns.charge(priority, length)

@@ -13,6 +13,7 @@ Layout, little endian, HEADER_SIZE bytes, then `length` bytes of payload:
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import lru_cache
 
 import msgspec
 
@@ -23,7 +24,8 @@ PROTOCOL_VERSION = 1
 MAX_PAYLOAD = 256 * 1024
 MAX_MESSAGE = 1 << 30  # bytes; a prefill of 16,384 tokens of an 8,192-wide bf16 model is half of it
 
-_HEADER = struct.Struct("<BBBBBBHHHIQIII")
+_ROUTE = struct.Struct("<BBBBBBHHH")
+_HEADER = struct.Struct(f"<{_ROUTE.size}sIQIII")
 HEADER_SIZE = _HEADER.size
 PRIORITY_AT = 2  # its byte
 
@@ -69,7 +71,7 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
     length: int
 
     def pack(self) -> bytes:
-        return _HEADER.pack(
+        route = _ROUTE.pack(
             PROTOCOL_VERSION,
             self.kind,
             self.priority,
@@ -79,12 +81,8 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
             self.source.node,
             self.destination.node,
             0,
-            self.epoch,
-            self.sequence,
-            self.offset,
-            self.total,
-            self.length,
         )
+        return _HEADER.pack(route, self.epoch, self.sequence, self.offset, self.total, self.length)
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> "FrameHeader":
@@ -95,24 +93,8 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
         """
         if len(data) < HEADER_SIZE:
             raise WireError(f"frame of {len(data)} bytes is shorter than its header")
-        (
-            version,
-            kind,
-            priority,
-            source_port,
-            destination_port,
-            rank,
-            source,
-            destination,
-            _,
-            epoch,
-            sequence,
-            offset,
-            total,
-            length,
-        ) = _HEADER.unpack_from(data)
-        if version != PROTOCOL_VERSION:
-            raise WireError(f"frame has protocol version {version}, expected {PROTOCOL_VERSION}")
+        route, epoch, sequence, offset, total, length = _HEADER.unpack_from(data)
+        kind, priority, source, destination, rank = _unpack_route(route)
         if (
             total > MAX_MESSAGE
             or offset >= (total or 1)
@@ -120,21 +102,27 @@ class FrameHeader(msgspec.Struct, frozen=True, gc=False):
             or length != min(MAX_PAYLOAD, total - offset)
         ):
             raise WireError(f"frame piece {offset}+{length} of {total} bytes is out of bounds")
-        try:
-            return cls(
-                Kind(kind),
-                Priority(priority),
-                Address(NodeId(source), Port(source_port)),
-                Address(NodeId(destination), Port(destination_port)),
-                rank,
-                epoch,
-                sequence,
-                offset,
-                total,
-                length,
-            )
-        except ValueError as error:
-            raise WireError(f"frame header: {error}") from None
+        return cls(
+            kind, priority, source, destination, rank, epoch, sequence, offset, total, length
+        )
+
+
+@lru_cache(1024)  # few routes, and a frame's header is read at every process that it passes
+def _unpack_route(route: bytes) -> tuple[Kind, Priority, Address, Address, int]:
+    fields = _ROUTE.unpack(route)
+    version, kind, priority, source_port, destination_port, rank, source, destination, _ = fields
+    if version != PROTOCOL_VERSION:
+        raise WireError(f"frame has protocol version {version}, expected {PROTOCOL_VERSION}")
+    try:
+        return (
+            Kind(kind),
+            Priority(priority),
+            Address(NodeId(source), Port(source_port)),
+            Address(NodeId(destination), Port(destination_port)),
+            rank,
+        )
+    except ValueError as error:
+        raise WireError(f"frame header: {error}") from None
 
 
 def cut(

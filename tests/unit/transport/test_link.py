@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 
 import grpc.aio
 import pytest
@@ -14,7 +15,7 @@ from molink.transport.link import Link
 from molink.transport.memory import CAPACITY, MemoryStream, memory_streams
 from molink.transport.pieces import join, pack_receipt
 from molink.transport.queue import HIGH_WATER
-from molink.transport.window import LEAST_PIECE, Receipt
+from molink.transport.window import FIRST_PIECE, LEAST_PIECE, RECEIPT_INTERVAL_S, Receipt
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Kind, Priority
 
 quick = settings(deadline=None, max_examples=50)
@@ -200,6 +201,41 @@ async def test_what_is_in_flight_is_bounded_and_acknowledged(ends: tuple[End, En
     await sender.until(lambda: sender.link.window.in_flight == 0)
     assert sender.link.window.rtt_s is not None
     assert receiver.link.window.in_flight == 0  # receipts are not acknowledged
+
+
+@pytest.mark.parametrize("size", [100, FIRST_PIECE])
+@pytest.mark.parametrize("held_s", [0.0, 0.6 * RECEIPT_INTERVAL_S])
+async def test_a_receipt_that_is_soon_due_leaves_with_a_small_message(
+    held_s: float, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = memory_streams()
+    now = 0.0
+    monkeypatch.setattr("molink.transport.link.time", SimpleNamespace(monotonic=lambda: now))
+    end = End(NODE, ours)
+    await theirs.write(frame(1))
+    await end.has(1)
+    now = held_s
+    end.link.send(frame(2, size), Priority.DECODE)
+    receipt = pack_receipt(Receipt(HEADER_SIZE, 0.0, held_s), ())
+    if held_s > 0 and size < FIRST_PIECE:
+        assert await theirs.read() == receipt + frame(2, size)
+    else:
+        assert await theirs.read() == frame(2, size)
+        assert await theirs.read() == receipt
+    end.running.cancel()
+    await asyncio.gather(end.running, return_exceptions=True)
+
+
+async def test_messages_with_receipts_are_taken_as_those_without(ends: tuple[End, End]) -> None:
+    for number in range(40):
+        sender, receiver = ends if number % 2 else reversed(ends)
+        sender.link.send(frame(number, 100), Priority.DECODE)
+        await receiver.has(number // 2 + 1)
+        await asyncio.sleep(RECEIPT_INTERVAL_S / 5)
+    for end in ends:
+        assert len(end.received) == 20
+        await end.until(lambda end=end: end.link.window.in_flight == 0)
+        assert end.link.bytes_sent == 20 * (HEADER_SIZE + 100)
 
 
 async def test_a_receipt_for_more_than_was_sent_ends_the_link(ends: tuple[End, End]) -> None:

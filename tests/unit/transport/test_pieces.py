@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from molink.core.errors import WireError
 from molink.core.ids import HEAD, Address, NodeId, Port
-from molink.transport.pieces import RECEIPT, Reassembly, join, pack_receipt, unpack_receipt
+from molink.transport.pieces import RECEIPT, Reassembly, join, pack_receipt, split_receipt
 from molink.transport.window import Receipt
 from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind, Priority
 
@@ -117,20 +117,23 @@ def test_damaged_messages_are_whole_frames_or_a_wire_error(
 @given(
     receipt=st.builds(Receipt, st.integers(0, 2**64 - 1), st.floats(-1e15, 1e15), seconds),
     paused=st.frozensets(st.sampled_from(Priority)),
+    message=st.binary(max_size=40),
 )
-def test_a_receipt_comes_back(receipt: Receipt, paused: frozenset[Priority]) -> None:
-    data = pack_receipt(receipt, paused)
+def test_a_receipt_comes_back_and_what_follows_it(
+    receipt: Receipt, paused: frozenset[Priority], message: bytes
+) -> None:
+    data = pack_receipt(receipt, paused) + message
     assert data[0] == RECEIPT
-    assert unpack_receipt(data) == (receipt, paused)
+    assert split_receipt(data) == (receipt, paused, message)
 
 
 @given(data=st.binary(max_size=40))
 def test_other_bytes_are_no_receipt_or_a_sound_one(data: bytes) -> None:
     try:
-        receipt, paused = unpack_receipt(bytes([RECEIPT]) + data)
+        receipt, paused, message = split_receipt(bytes([RECEIPT]) + data)
     except WireError:
         return
-    assert pack_receipt(receipt, paused)[1:] == data
+    assert pack_receipt(receipt, paused)[1:] + message == data
     assert receipt.held_s >= 0
 
 
@@ -138,4 +141,4 @@ def test_other_bytes_are_no_receipt_or_a_sound_one(data: bytes) -> None:
 def test_a_receipt_s_times_are_numbers(held_s: float) -> None:
     for receipt in (Receipt(1, 0.0, held_s), Receipt(1, held_s if held_s != -1 else 1e16, 0.0)):
         with pytest.raises(WireError):
-            unpack_receipt(pack_receipt(receipt, ()))
+            split_receipt(pack_receipt(receipt, ()))

@@ -108,7 +108,7 @@ def test_bytes_are_as_weights_between_any_two_that_wait(
     since: dict[tuple[Priority, Priority], tuple[float, float]] = {}
     most = max(size for _, size in waits)
     for waiting, size in waits:
-        lane = turns.choose(waiting)
+        lane = turns.choose(sorted(waiting))
         assert lane in waiting
         for one, other in pairwise(sorted(WEIGHTS)):
             if {one, other} <= waiting:
