@@ -208,27 +208,39 @@ class MolinkAlone(Contestant):
 
 
 class Molink(Contestant):
-    """A cluster of ours on loopback: real agents, mutual TLS, one node for each stage."""
+    """A cluster of ours on loopback: real agents, mutual TLS, one node for each stage.
+
+    Args:
+        source: another checkout, to run MoLink as it is there.
+    """
 
     def __init__(
-        self, name: str, subject: Subject, stages: int, flags: tuple[str, ...] = ()
+        self,
+        name: str,
+        subject: Subject,
+        stages: int,
+        flags: tuple[str, ...] = (),
+        source: Path | None = None,
     ) -> None:
         super().__init__(name, subject)
         self._ranges = split_evenly(subject.num_layers, stages)
         self._flags = flags
+        self._environment = {"MOLINK_HOME": str(self.folder / "home")}
+        if source is not None:
+            self._environment["PYTHONPATH"] = str(source.resolve() / "src")
 
     def start(self) -> None:
-        home, token = str(self.folder / "home"), self.folder / "token"
+        token = self.folder / "token"
         head = ["serve", str(self.subject.path), f"--port={self.port}", "--name=node-0"]
         head += [f"--layers={self._ranges[0]}", "--listen=127.0.0.1:0", f"--token-file={token}"]
-        self.spawn((*MOLINK, *head, *ENGINE_FLAGS, *self._flags), MOLINK_HOME=home)
+        self.spawn((*MOLINK, *head, *ENGINE_FLAGS, *self._flags), **self._environment)
         for _ in self.waiting():
             if token.exists() and token.read_text():
                 break
         for index, layers in enumerate(self._ranges[1:], start=1):
             member = ["join", f"--token-file={token}", "--listen=127.0.0.1:0"]
             member += [f"--name=node-{index}", f"--layers={layers}"]
-            log = self.spawn((*MOLINK, *member), MOLINK_HOME=home)
+            log = self.spawn((*MOLINK, *member), **self._environment)
             for _ in self.waiting():  # so that nodes are numbered like stages
                 if "joined cluster" in log.read_text():
                     break

@@ -5,6 +5,7 @@ tokens, 64 new tokens each, all at once. Contestants are started once and take t
 medians over the rounds, ratios are paired by round. Prints tables, writes JSON, asserts nothing.
 
     python benchmarks/pipeline.py [--quick] [--rounds N] [--json FILE]
+    python benchmarks/pipeline.py --beside DIR    MoLink as it is in another checkout, for vLLM's
     python benchmarks/pipeline.py --plain     `molink serve MODEL` against vLLM's own server
     python benchmarks/pipeline.py --memory    resident memory at request 2,000 and 10,000
     python benchmarks/pipeline.py --gpu       one process beside stages that share one NVIDIA GPU
@@ -81,16 +82,22 @@ class Benchmark:
 
     def _pipelines(self, subject: Subject) -> None:
         ours = [Molink(_ours(stages), subject, stages) for stages in self._options.stages]
-        pairs = [(each.name, theirs) for each in ours for theirs in (VLLM_TWO, VLLM_CUT, ONE)]
-        theirs = [
+        theirs = self._theirs(subject)
+        pairs = [(each.name, other.name) for each in ours for other in theirs]
+        samples = self._compare(subject, [*theirs, *ours], [*pairs, (theirs[1].name, ONE)])
+        if subject.name == RANDOM.name and 2 in self._options.stages:
+            self._bounds(samples)
+
+    def _theirs(self, subject: Subject) -> list[Contestant]:
+        if source := self._options.beside:
+            stages = self._options.stages
+            others = [Molink(_ours(n) + f" of {source}", subject, n, source=source) for n in stages]
+            return [Vllm(ONE, subject), *others]
+        return [
             Vllm(ONE, subject),
             Vllm(VLLM_TWO, subject, stages=2),
             Vllm(VLLM_CUT, subject, stages=2, flags=_cut(self._workload)),
         ]
-        contestants = [*theirs, *ours]
-        samples = self._compare(subject, contestants, [*pairs, (VLLM_TWO, ONE)])
-        if subject.name == RANDOM.name and 2 in self._options.stages:
-            self._bounds(samples)
 
     def _gpu(self) -> None:
         exact = self._on_gpu(existing(BUNDLED), ("--dtype=float32",))
@@ -165,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, help="rounds of every contestant (default 6)")
     parser.add_argument("--stages", type=int, nargs="*", default=[2, 3], help="of ours")
     parser.add_argument("--model", type=Path, action="append", help="a folder, instead of both")
+    parser.add_argument("--beside", type=Path, help="a checkout, whose MoLink replaces vLLM's")
     parser.add_argument("--json", type=Path, help="write every figure here")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plain", action="store_true", help="one node against vLLM's own server")
