@@ -26,6 +26,8 @@ FULL_ROUNDS = 3  # one, if round trips have grown too
 STARTUP_GAIN = 2.9
 COLLAPSE = 2.0  # round trips so many times as long as the rate explains: it may have fallen
 LATE_RECEIPTS = 4  # in a row, none of which is a late burst, so it has
+UNSURE_S = 5.0  # after so long with less than half a window in flight, only a part of it is sure
+UNSURE_PART = 4
 FIRST_WINDOW = 16 * 1024  # bytes
 LEAST_WINDOW = 4 * 1024
 LARGEST_WINDOW = 64 * 1024 * 1024
@@ -92,6 +94,7 @@ class Window:
         self._startup: _Startup | None = _Startup()
         self._latest_rate = 0.0
         self._late = 0
+        self._sure = _Sure()
         self._arrived_s: float | None = None
         self._newest_at = 0.0
 
@@ -149,6 +152,7 @@ class Window:
         if not self.delivered <= receipt.received <= self.sent:
             raise WireError(f"{self.sent} bytes were sent, and {receipt.received} acknowledged")
         newest, acknowledged = None, receipt.received - self.delivered
+        used = self.in_flight
         while self._in_flight and self._in_flight[0].end <= receipt.received:
             newest = self._in_flight.popleft()
         if newest is None:
@@ -158,12 +162,14 @@ class Window:
         rtt_s = max(now - newest.at - receipt.held_s, 1e-6)
         self._rtt.add(rtt_s, self, now)
         rate = self._measure_rate(newest, receipt, now)
-        if self._has_fallen(newest, receipt, rtt_s, acknowledged):
+        is_late = rtt_s > COLLAPSE * self._explained_s(newest)
+        if self._has_fallen(newest, receipt, is_late, acknowledged):
             self._start_again(rate, now)
         self._bursts.add(acknowledged, self._rate.value, self._memory_s, now)
         if self._startup is not None and self._startup.is_over(self, newest, rtt_s):
             self._startup = None
         self._arrived_s, self._newest_at = receipt.arrived_s, newest.at
+        self._sure.add(used, self.size, None if is_late else acknowledged, now)
         self._resize(acknowledged)
 
     def _measure_jitter(self, newest: _Sent, receipt: Receipt) -> None:
@@ -187,12 +193,14 @@ class Window:
         self._latest_rate = rate
         return rate
 
-    def _has_fallen(self, newest: _Sent, receipt: Receipt, rtt_s: float, acknowledged: int) -> bool:
+    def _has_fallen(
+        self, newest: _Sent, receipt: Receipt, is_late: bool, acknowledged: int
+    ) -> bool:
         """Whether the link is slower for good, rather than late for once: then a burst follows."""
         since_s = receipt.arrived_s - (self._arrived_s or receipt.arrived_s)
         is_slow = acknowledged * COLLAPSE < self._rate.value * since_s
-        is_late = not newest.is_limited and rtt_s > COLLAPSE * self._explained_s(newest)
-        self._late = self._late + 1 if is_late and is_slow else 0
+        counts = is_late and is_slow and not newest.is_limited
+        self._late = self._late + 1 if counts else 0
         return self._late >= LATE_RECEIPTS
 
     def _explained_s(self, newest: _Sent) -> float:
@@ -213,9 +221,9 @@ class Window:
     def _resize(self, acknowledged: int) -> None:
         if self._startup is not None:  # doubles in every round trip
             most = max(STARTUP_GAIN * self._path_bytes, FIRST_WINDOW) + self._burst_bytes
-            wanted = min(self.size + acknowledged, int(most))
+            wanted = min(self.size + acknowledged, self._sure.part(int(most)))
         else:
-            wanted = int(GAIN * self._path_bytes + self._burst_bytes)
+            wanted = self._sure.part(int(GAIN * self._path_bytes + self._burst_bytes))
         if self._rtt.is_probing:
             wanted = min(wanted, int(PROBING_GAIN * self._latest_rate * (self.rtt_s or 0.0)))
         self.size = min(max(wanted, LEAST_WINDOW, 2 * self.piece), LARGEST_WINDOW)
@@ -234,6 +242,30 @@ class Window:
     def _burst_bytes(self) -> float:
         """Beyond those of one receipt's interval."""
         return max(self._bursts.value - self._rate.value * RECEIPT_INTERVAL_S, 0.0)
+
+
+class _Sure:
+    """How much of a window a link that had little to do may use at once, until it is seen to
+    carry that still: it may have become slower (after RFC 7661).
+    """
+
+    def __init__(self) -> None:
+        self._most: int | None = None  # bytes; None: all
+        self._wanted = 0
+        self._used_at = 0.0
+
+    def add(self, used: int, size: int, in_time: int | None, now: float) -> None:
+        """Of a window of `size`, `used` bytes were in flight; so many arrived, None: late."""
+        if in_time is not None and 2 * used >= self._wanted:
+            self._most, self._used_at = None, now
+        elif self._most is None and now - self._used_at > UNSURE_S:
+            self._most = max(size // UNSURE_PART, FIRST_WINDOW)
+        elif self._most is not None and 2 * used >= size:
+            self._most += in_time or 0
+
+    def part(self, wanted: int) -> int:
+        self._wanted = wanted
+        return wanted if self._most is None else min(wanted, self._most)
 
 
 class _ShortestRoundTrip:

@@ -70,7 +70,24 @@ def test_a_stall_costs_little_more_than_its_time(stall_s: float) -> None:
     assert run.rate(3 + stall_s + 1, 12) >= 0.9 * rate
 
 
-@pytest.mark.parametrize(("size", "every_s"), [(100e3, 0.2), (4e3, 0.1), (40e3, 0.1), (1e6, 2.0)])
+@pytest.mark.parametrize(("before", "after"), [(20, 0.4), (100, 1), (100, 10)])
+def test_a_link_that_slowed_down_while_little_crossed_it_is_not_filled_as_before(
+    before: float, after: float
+) -> None:
+    slower_at, full_at, rtt_s, found, little = 14.0, 30.0, 0.03, 5e6, 6e3  # bytes a second
+    simulation = Simulation(
+        Path(lambda now: (before if now < slower_at else after) * MBIT, rtt_s),
+        lambda now: found + little * now if now < full_at else 1e18,
+    )
+    run = simulation.until(full_at + 8)
+    as_before_s = (before * rtt_s + FIRST_WINDOW / MBIT) / after  # in front of what comes then
+    assert max(s for at, s in run.queued if at > full_at) < as_before_s / 2
+    assert run.rate(full_at, full_at + 8) >= 0.9 * after * MBIT
+
+
+@pytest.mark.parametrize(
+    ("size", "every_s"), [(100e3, 0.2), (4e3, 0.1), (40e3, 0.1), (300, 0.05), (1e6, 2.0)]
+)
 def test_a_sender_with_little_to_send_keeps_its_window(size: float, every_s: float) -> None:
     rate, end = 10 * MBIT, 20.0
     simulation = Simulation(
