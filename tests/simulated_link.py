@@ -6,7 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
-from molink.transport.window import RECEIPT_INTERVAL_S, Receipt, Window
+from molink.transport.window import (
+    FEW_BYTES,
+    FEW_BYTES_INTERVAL_S,
+    RECEIPT_INTERVAL_S,
+    Receipt,
+    Window,
+)
 
 HOLD_S = 0.04  # one draw of jitter
 
@@ -55,7 +61,8 @@ class Simulation:
         self._jitter = {"there": (0.0, 0.0), "back": (0.0, 0.0)}
         self._received = 0
         self._arrived = 0.0
-        self._is_due = False
+        self._first = 0.0  # of what no receipt was sent for
+        self._unacknowledged = 0
 
     def until(self, end: float) -> Run:
         self._at(0.0, self._tick)
@@ -108,12 +115,22 @@ class Simulation:
         self._received += size
         self._arrived = now
         self.run.delivered.append((now, size))
-        if not self._is_due:
-            self._is_due = True
+        if not self._unacknowledged:
+            self._first = now
             self._at(now + RECEIPT_INTERVAL_S, self._acknowledge)
+            self._at(now + FEW_BYTES_INTERVAL_S, self._acknowledge)
+        self._unacknowledged += size
+        if now >= self._first + RECEIPT_INTERVAL_S:
+            self._acknowledge(now)
 
     def _acknowledge(self, now: float) -> None:
-        self._is_due = False
+        """A receipt, if one is due."""
+        is_few = self._unacknowledged < FEW_BYTES
+        interval_s = FEW_BYTES_INTERVAL_S if is_few else RECEIPT_INTERVAL_S
+        is_due = now - self._first >= interval_s - 1e-9
+        if not self._unacknowledged or not is_due:
+            return
+        self._unacknowledged = 0
         receipt = Receipt(self._received, self._arrived + self.path.offset_s, now - self._arrived)
         self._at(self._delayed("back", now), lambda at: self._take(receipt, at))
 

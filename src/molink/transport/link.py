@@ -17,7 +17,14 @@ from molink.core.ids import NodeId
 from molink.transport import pieces
 from molink.transport.queue import FrameQueue
 from molink.transport.tcp import TcpSocket
-from molink.transport.window import LARGEST_WINDOW, RECEIPT_INTERVAL_S, Receipt, Window
+from molink.transport.window import (
+    FEW_BYTES,
+    FEW_BYTES_INTERVAL_S,
+    LARGEST_WINDOW,
+    RECEIPT_INTERVAL_S,
+    Receipt,
+    Window,
+)
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Priority
 
 LINK_METHOD = "/molink.Agent/Link"
@@ -172,7 +179,7 @@ class Link:
                 if not data:
                     continue
             self.bytes_received += len(data)
-            self._intake.arrived(self._heard_at)
+            self._intake.arrived(len(data), self._heard_at)
             for header, frame in frames.take(data):
                 waiting = handle(self, header, frame)
                 if waiting is not None:
@@ -190,23 +197,38 @@ class _Intake:
         self.is_due = False
         self._due = due
         self._first_s = self._arrived_s = 0.0  # of what arrived since the last receipt
+        self._received = 0  # bytes of it
+        self._is_held = False
         self._timer: asyncio.TimerHandle | None = None
         self._full: dict[asyncio.Future[None], Priority] = {}
         self._overrun = 0  # bytes handled of classes that are to pause
 
-    def arrived(self, now: float) -> None:
+    def arrived(self, size: int, now: float) -> None:
         self._arrived_s = now
+        self._received += size
         if self._timer is None:
             self._first_s = now
-            loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(RECEIPT_INTERVAL_S, self._is_due_now)
+            self._wait(RECEIPT_INTERVAL_S, self._hold)
+        elif self._is_held and self._received >= FEW_BYTES:
+            self._is_due_now()
+
+    def _hold(self) -> None:
+        self._is_held = self._received < FEW_BYTES
+        if self._is_held:
+            self._wait(FEW_BYTES_INTERVAL_S - RECEIPT_INTERVAL_S, self._is_due_now)
+        else:
+            self._is_due_now()
+
+    def _wait(self, seconds: float, then: Callable[[], None]) -> None:
+        self._timer = asyncio.get_running_loop().call_later(seconds, then)
 
     def is_soon_due(self, now: float) -> bool:
         return self._timer is not None and now - self._first_s >= RECEIPT_INTERVAL_S / 2
 
     def receipt(self, received: int, now: float) -> bytes:
         self.close()
-        self.is_due = False
+        self.is_due = self._is_held = False
+        self._received = 0
         receipt = Receipt(received, self._arrived_s, now - self._arrived_s)
         return pieces.pack_receipt(receipt, set(self._full.values()))
 

@@ -16,6 +16,8 @@ from molink.core.errors import WireError
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD
 
 RECEIPT_INTERVAL_S = 0.005  # from a message's arrival to its receipt, at most
+FEW_BYTES = 2 * 1024  # less than a full link's message, and no window is so small:
+FEW_BYTES_INTERVAL_S = 0.05  # a receipt for fewer waits for a message that it may leave with
 GAIN = 1.25
 PROBING_GAIN = 0.5  # while the queue is emptied to see the shortest round trip
 RATE_MEMORY_S = 2.0  # of a full link, and at least so many round trips:

@@ -13,9 +13,15 @@ from molink.core.errors import LinkError, WireError
 from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.transport.link import Link
 from molink.transport.memory import CAPACITY, MemoryStream, memory_streams
-from molink.transport.pieces import join, pack_receipt
+from molink.transport.pieces import join, pack_receipt, split_receipt
 from molink.transport.queue import HIGH_WATER
-from molink.transport.window import FIRST_PIECE, LEAST_PIECE, RECEIPT_INTERVAL_S, Receipt
+from molink.transport.window import (
+    FEW_BYTES,
+    FIRST_PIECE,
+    LEAST_PIECE,
+    RECEIPT_INTERVAL_S,
+    Receipt,
+)
 from molink.wire.frames import HEADER_SIZE, MAX_PAYLOAD, FrameHeader, Kind, Priority
 
 quick = settings(deadline=None, max_examples=50)
@@ -222,6 +228,25 @@ async def test_a_receipt_that_is_soon_due_leaves_with_a_small_message(
     else:
         assert await theirs.read() == frame(2, size)
         assert await theirs.read() == receipt
+    end.running.cancel()
+    await asyncio.gather(end.running, return_exceptions=True)
+
+
+@pytest.mark.parametrize("interval_s", [2 * RECEIPT_INTERVAL_S, 60.0])
+async def test_a_receipt_for_few_bytes_waits_until_there_are_more(
+    interval_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("molink.transport.link.FEW_BYTES_INTERVAL_S", interval_s)
+    ours, theirs = memory_streams()
+    end = End(NODE, ours)
+    await theirs.write(frame(1))
+    reading = asyncio.create_task(theirs.read())
+    if interval_s > 1:
+        await asyncio.sleep(2 * RECEIPT_INTERVAL_S)
+        assert not reading.done()
+        await theirs.write(frame(2, FEW_BYTES))
+    receipt, _, _ = split_receipt(await asyncio.wait_for(reading, 5))
+    assert receipt.received == end.link.bytes_received == sum(map(len, end.received))
     end.running.cancel()
     await asyncio.gather(end.running, return_exceptions=True)
 
