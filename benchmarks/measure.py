@@ -116,9 +116,9 @@ def _sample(
     contestant.resume()
     time.sleep(REPORTS_ARRIVE_S)  # what was stopped catches up, what waits for reports has them
     cluster = contestant.cluster()
-    before, idle, whole = _cpu_seconds(contestant), _all_cpu_s(others), _busy_s()
+    before, idle, whole = _cpu_seconds(contestant), _all_cpu_s(others), busy_s()
     done = ask(contestant, prompts, workload.output_tokens)
-    whole, idle = _busy_s() - whole, _all_cpu_s(others) - idle
+    whole, idle = busy_s() - whole, _all_cpu_s(others) - idle
     cpu = {role: used - before.get(role, 0.0) for role, used in _cpu_seconds(contestant).items()}
     link_bytes, compute = None, {}
     if cluster is not None:
@@ -149,7 +149,7 @@ def _all_cpu_s(contestants: Sequence[Contestant]) -> float:
     return sum(sum(contestant.cpu_seconds().values()) for contestant in contestants)
 
 
-def _busy_s() -> float:
+def busy_s() -> float:
     """Seconds in which cores of this machine were not idle, or were not given to it."""
     times = psutil.cpu_times()._asdict()
     idle = ("idle", "iowait", "guest", "guest_nice")  # the last two are in "user" and "nice" too

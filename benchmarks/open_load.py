@@ -10,6 +10,7 @@ from statistics import median
 
 import httpx
 import uvloop
+from measure import busy_s
 from wan_results import Reading, Run, occupancies
 from wan_servers import Staged
 from workload import Answer, Workload, complete, quantile
@@ -87,11 +88,12 @@ def _run(
     link_rates: Mapping[str, float],
 ) -> Run:
     watcher = Watcher(server, ways)
-    cpu, own = server.cpu_seconds(), time.process_time()
+    cpu, own, whole = server.cpu_seconds(), time.process_time(), busy_s()
     watcher.start()
     answers = uvloop.run(ask_openly(server, workload, rate, seed))
     used = {role: s - cpu.get(role, 0.0) for role, s in server.cpu_seconds().items()}
     used["client"] = time.process_time() - own
+    elsewhere_s = busy_s() - whole - sum(used.values())
     num_seen = len(watcher.readings)
     if server.cluster() is not None:
         time.sleep(REPORTS_ARRIVE_S)
@@ -113,6 +115,7 @@ def _run(
         link_rates=dict(link_rates),
         compute_s=[after[0] - before[0] for before, after in stages],
         cpu_s=used,
+        elsewhere_s=elsewhere_s,
         occupancy=occupancies(readings[: num_seen + 2], link_rates),
     )
 

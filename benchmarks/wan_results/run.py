@@ -24,6 +24,7 @@ class Run:
     link_rates: dict[str, float]  # bits a second, with the same headers
     compute_s: list[float]  # seconds inside steps, by stage; empty: not known
     cpu_s: dict[str, float]  # of processes, the client's too
+    elsewhere_s: float = 0.0  # CPU seconds of the lab and of whatever else ran beside
     occupancy: list[Occupancy] = field(default_factory=list)
 
     @property

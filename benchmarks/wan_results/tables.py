@@ -24,6 +24,7 @@ HEAD = (
     "TPOT p50 / p99, ms",
     "longest gap, s",
     "same answers",
+    "cores used elsewhere",
 )
 
 Runs = Mapping[str, Sequence[Run]]
@@ -50,6 +51,7 @@ def rows(rate: str, runs: Runs, cores: int) -> Iterator[list[str]]:
             _pair(own, "tpot_p50_s", "tpot_p99_s", 1e3, ".0f"),
             f"{max(run.longest_gap_s for run in own):.2f}",
             same_answers(runs, name),
+            f"{median(run.elsewhere_s / run.seconds for run in own):.2f}",
         ]
 
 
