@@ -5,8 +5,9 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
+from typing import TypeVar
 
 import httpx
 import uvloop
@@ -14,6 +15,8 @@ from measure import busy_s
 from wan_results import Reading, Run, occupancies
 from wan_servers import Staged
 from workload import Answer, Workload, complete, quantile
+
+Result = TypeVar("Result")
 
 SETTLE_S = 2.0  # what was stopped catches up
 READ_EVERY_S = 0.5
@@ -56,6 +59,11 @@ class Watcher(threading.Thread):
         )
 
 
+def warm_up(server: Staged, workload: Workload) -> None:
+    """Have it answer requests that are not measured, all at once."""
+    _while_resumed(server, lambda: uvloop.run(ask_openly(server, workload, rate=100.0, seed=0)))
+
+
 def measured_run(
     server: Staged,
     workload: Workload,
@@ -69,12 +77,16 @@ def measured_run(
     Args:
         link_rates: bits a second of each way, with the headers of IP.
     """
-    server.resume()
-    time.sleep(SETTLE_S)
+    return _while_resumed(server, lambda: _run(server, workload, rate, seed, ways, link_rates))
+
+
+def _while_resumed(server: Staged, function: Callable[[], Result]) -> Result:
+    """Call it on the host of the server's client."""
+    if server.is_suspendable:
+        server.resume()
+        time.sleep(SETTLE_S)
     try:
-        return server.site.call(
-            server.hosts[0], lambda: _run(server, workload, rate, seed, ways, link_rates)
-        )
+        return server.site.call(server.hosts[0], function)
     finally:
         server.suspend()
 

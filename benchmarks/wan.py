@@ -32,13 +32,13 @@ from measure import Say
 from models import RANDOM, random_model
 from netlab import PROFILES, Lab, Line, add_profiles, why_not
 from netlab.accuracy import Measured, measure
-from open_load import Ways, measured_run
+from open_load import Ways, measured_run, warm_up
 from rich.console import Console
 from rich.table import Table
 from terminal import run
 from wan_results import picture, tables
 from wan_results.machine import describe_machine
-from wan_servers import SERVERS, Here, Site, Staged, make_server, start
+from wan_servers import SERVERS, Here, Site, Staged, make_server
 from workload import Workload
 
 DEFAULT_PROFILES = ("wan-100m-15ms", "dsl-10m-15ms")
@@ -106,11 +106,15 @@ class Benchmark:
             for name in self._options.server
         ]
         with ExitStack() as stack:
+            self._say("starting all servers")
             for server in servers:
                 stack.enter_context(server)
-                seconds = start(server)
-                self._say(f"{server.name}: started in {seconds:.0f} s")
-                measured_run(server, WARM_UP, 100.0, 0, {}, {})
+                server.start()
+            for server in servers:
+                server.wait_until_serving()
+                server.suspend()
+            for server in servers:
+                warm_up(server, WARM_UP)
             for profile in profiles:
                 link = self._links.get(profile)
                 if lab is not None:
@@ -119,7 +123,7 @@ class Benchmark:
                 self.results["links"][profile] = found
                 for server in servers:
                     self._say(f"{profile}: {server.name} gets to know the link")
-                    measured_run(server, ADAPT, 100.0, 0, {}, {})
+                    warm_up(server, ADAPT)
                 for load in self._options.load:
                     self._rounds(profile, servers, load, found["rates"])
                     self._show(profile, found)

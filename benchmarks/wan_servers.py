@@ -1,7 +1,6 @@
 """The servers that `wan.py` compares: a stage on each host, of vLLM's own pipeline or of ours."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -166,14 +165,6 @@ def make_server(
     if name == "loopback":
         return Molink(LOOPBACK, subject, site, [hosts[0]] * len(hosts), common)
     return Molink(f"MoLink, {name}", subject, site, hosts, (*common, *VARIANTS[name]))
-
-
-def start(server: Staged) -> float:
-    """Start it and wait until it serves; the seconds it took."""
-    began = time.monotonic()
-    server.start()
-    server.wait_until_serving()
-    return time.monotonic() - began
 
 
 def _pretend_vllm_is_installed(folder: Path) -> None:
