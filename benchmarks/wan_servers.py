@@ -25,6 +25,7 @@ VARIANTS = {
     "sum": ("--wire-sum=on",),
     "int8": ("--wire-dtype=int8",),
     "fp8": ("--wire-dtype=fp8",),
+    "fp8-together": ("--wire-dtype=fp8", "--separate-prefill=off"),
 } | {f"micro-batches-{number}": (f"--micro-batches={number}",) for number in range(1, 9)}
 """What of MoLink may be compared: flags of `molink serve`."""
 SERVERS = ("vllm", "loopback", *VARIANTS)
