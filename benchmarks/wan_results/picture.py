@@ -67,3 +67,5 @@ def _dress(axes: Any) -> None:
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend(fontsize=6, loc="lower center", ncols=2)
+    else:
+        axes.text(0.5, 0.55, "not known, or none", fontsize=7, ha="center")
