@@ -39,12 +39,16 @@ class Run:
 
     @property
     def stage_bound(self) -> float | None:
-        """Output tokens/s of the slowest stage if it never waited for input."""
+        """Output tokens/s of the slowest stage if it never waited for input; where stages share
+        cores, its seconds contain what it waited for one.
+        """
         return self.num_tokens / max(self.compute_s) if self.compute_s else None
 
-    def core_bound(self, cores: int) -> float | None:
-        """Output tokens/s of all stages together if cores did nothing else."""
-        return self.num_tokens * cores / sum(self.compute_s) if self.compute_s else None
+    def core_bound(self, cores: int) -> float:
+        """Output tokens/s if cores did all that was done meanwhile, the lab's own work too, without
+        ever being idle. Without meaning for a server whose processes spin while they wait.
+        """
+        return self.num_tokens * cores / (sum(self.cpu_s.values()) + self.elsewhere_s)
 
     @classmethod
     def from_json(cls, figures: Mapping[str, Any]) -> Self:

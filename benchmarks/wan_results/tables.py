@@ -46,7 +46,7 @@ def rows(rate: str, runs: Runs, cores: int) -> Iterator[list[str]]:
             _text(paired(runs, name, LOOPBACK), "{:.2f}"),
             _text(_median(run.link_bound for run in own), "{:.0f}"),
             _text(_median(run.stage_bound for run in own), "{:.0f}"),
-            _text(_median(run.core_bound(cores) for run in own), "{:.0f}"),
+            "" if name == VLLM else f"{median(run.core_bound(cores) for run in own):.0f}",
             _pair(own, "ttft_p50_s", "ttft_p99_s", 1.0, ".2f"),
             _pair(own, "tpot_p50_s", "tpot_p99_s", 1e3, ".0f"),
             f"{max(run.longest_gap_s for run in own):.2f}",

@@ -37,15 +37,17 @@ def test_without_links_nothing_of_them_bounds() -> None:
     assert run(link_bytes={}, link_rates={}).link_bound is None
 
 
-def test_the_slowest_stage_bounds_and_so_do_all_of_them_on_few_cores() -> None:
+def test_the_slowest_stage_bounds() -> None:
     assert run().stage_bound == pytest.approx(100 / 5)
-    assert run(compute_s=[3.0] * 5).stage_bound == pytest.approx(100 / 3)
-    assert run(compute_s=[3.0] * 5).core_bound(2) == pytest.approx(2 * 100 / 15)
 
 
 def test_a_server_that_does_not_tell_its_compute_has_no_such_bound() -> None:
     assert run(compute_s=[]).stage_bound is None
-    assert run(compute_s=[]).core_bound(2) is None
+
+
+def test_cores_bound_by_all_that_they_do() -> None:
+    work = {"stage 0": 4.0, "stage 1": 3.0, "client": 1.0}
+    assert run(cpu_s=work, elsewhere_s=2.0).core_bound(2) == pytest.approx(100 * 2 / 10)
 
 
 def test_a_run_is_the_same_after_json() -> None:

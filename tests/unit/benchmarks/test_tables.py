@@ -31,7 +31,7 @@ def run(seed: int, tokens_per_s: float, *answers: str, gap_s: float = 0.1) -> Ru
         link_bytes={},
         link_rates={},
         compute_s=[],
-        cpu_s={},
+        cpu_s={"stage 0": 5.0},
     )
 
 
@@ -53,7 +53,7 @@ def test_a_row_has_medians_but_the_worst_gap() -> None:
     row = dict(zip(HEAD, next(rows("20", gaps, 2)), strict=True))
     assert row["tokens/s (least to most)"] == "20.0 (10.0 to 30.0)"
     assert row["longest gap, s"] == "3.00"
-    assert row["links allow"] == row["cores allow"] == ""
+    assert row["links allow"] == row["cores allow"] == ""  # vLLM's workers spin
 
 
 def test_the_proof_is_against_the_best_fixed_one() -> None:
