@@ -68,4 +68,5 @@ def _dress(axes: Any) -> None:
     if axes.get_lines():
         axes.legend(fontsize=6, loc="lower center", ncols=2)
     else:
-        axes.text(0.5, 0.55, "not known, or none", fontsize=7, ha="center")
+        where = {"ha": "center", "transform": axes.transAxes}
+        axes.text(0.5, 0.5, "not known, or none", fontsize=7, **where)
