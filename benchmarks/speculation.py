@@ -26,7 +26,7 @@ from netlab import PROFILES, Lab, add_profiles, why_not
 from rich.console import Console
 from rich.table import Table
 from terminal import run
-from wan_servers import Molink, Staged, start
+from wan_servers import Molink, Staged
 from workload import Workload, run_round
 
 HOSTS = ("head", "far")
@@ -71,7 +71,8 @@ class Benchmark:
         for name, flags in SERVERS.items():
             self._say(f"starting the server with {name} drafts")
             server = stack.enter_context(Molink(name, subject, lab, HOSTS, flags))
-            start(server)
+            server.start()
+            server.wait_until_serving()
             self._ask(server, Workload(8, 16, 8), "repeats itself", seed=0)
             servers.append(server)
         return servers
