@@ -85,11 +85,14 @@ class StageWorker:
         check_device(load.wire.eight_bits, self.device)
         self._worker.load_model()
         current_platform.update_block_size_for_backend(config)
-        compat.allocate_input(self._worker.worker)
-        compat.leave_drafting_to_engine(self._worker.worker)
-        compat.order_rows_alike(self._worker.worker)
-        compat.take_rows(self._worker.worker)
-        compat.guard_input_buffers(self._worker.worker)
+        for adapt in (
+            compat.allocate_input,
+            compat.leave_drafting_to_engine,
+            compat.order_rows_alike,
+            compat.take_rows,
+            compat.guard_input_buffers,
+        ):
+            adapt(self._worker.worker)
         compat.spare_tokens_without_adapter(config)
         self._receive = self._agreed_format(config)
         self._digests: dict[int, str] = {}  # of adapters, by their numbers
