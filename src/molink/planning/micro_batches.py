@@ -15,6 +15,9 @@ STEP_COST_TOKENS = 128
 time, where it has not been measured."""
 DECODE_COST_TOKENS = 32
 """The same of a decode step."""
+MAX_PREFILL_SHARE = 0.5
+"""Of a stage's time that decodes leave to prompts, at most: without end, where stages are slower
+than links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +32,10 @@ class Ring:
     hops: tuple[Line, ...] = ()
     delay_s: float = 0.0  # sum of the one-way delays
 
-    def busiest_s(self, tokens: float) -> float:
-        """The least time between two such steps."""
-        return max(SHORTEST_S, *(line(tokens) for line in (*self.stages, *self.hops)))
+    def busiest_s(self, tokens: float, prefill_share: float = 0.0) -> float:
+        """The least time between two such steps, where prompts take so much of a stage's time."""
+        stages = (line(tokens) / (1 - prefill_share) for line in self.stages)
+        return max(SHORTEST_S, *stages, *(line(tokens) for line in self.hops))
 
     def trip_s(self, tokens: float) -> float:
         """From the engine and back, with nothing in the way."""
@@ -40,8 +44,14 @@ class Ring:
     @property
     def is_bound_by_links(self) -> bool:
         """Whether every additional token costs a link more than any stage."""
+        return self.stage_share < 1
+
+    @property
+    def stage_share(self) -> float:
+        """How busy tokens without end keep the slowest stage, beside the slowest link."""
         slowest = max(line.per_token_s for line in self.stages)
-        return any(hop.per_token_s > slowest for hop in self.hops)
+        busiest = max([slowest, *(hop.per_token_s for hop in self.hops)])
+        return slowest / busiest if busiest else 1.0
 
 
 def unmeasured(num_stages: int, cost_tokens: int) -> Ring:
@@ -49,28 +59,44 @@ def unmeasured(num_stages: int, cost_tokens: int) -> Ring:
     return Ring((Line(float(cost_tokens), 1.0),) * num_stages)
 
 
-def round_s(ring: Ring, num_decoding: int, num_steps: int, tokens_each: int = 1) -> float:
+def round_s(
+    ring: Ring,
+    num_decoding: int,
+    num_steps: int,
+    tokens_each: int = 1,
+    prefill_share: float = 0.0,
+) -> float:
     """Seconds until every request was in a step, when so many steps share them.
 
     Args:
         tokens_each: that a step computes of a request: its next one, and those drafted.
+        prefill_share: of every stage's time, that prompts take meanwhile.
     """
     tokens = decodes_per_step(num_decoding, num_steps) * tokens_each
-    return max(num_steps * ring.busiest_s(tokens), ring.trip_s(tokens))
+    return max(num_steps * ring.busiest_s(tokens, prefill_share), ring.trip_s(tokens))
 
 
 @lru_cache(maxsize=256)
-def micro_batches(ring: Ring, num_decoding: int, current: int, tokens_each: int = 1) -> int:
+def micro_batches(
+    ring: Ring,
+    num_decoding: int,
+    current: int,
+    tokens_each: int = 1,
+    prefill_share: float = 0.0,
+) -> int:
     """Decode steps to have in flight: those of the shortest round.
 
-    More of them hide delays and keep every stage busy; each pays the fixed costs once more. Where
+    More of them hide delays and keep every stage busy; each pays the fixed costs once more, and
+    where prompts come too, a stage that is busy with more steps keeps them from the links. Where
     several are as good, as many as there are stages, then the fewest; `current` stays unless
     another gains HYSTERESIS.
     """
     largest = max(1, min(num_decoding, MAX_STEPS))
     if num_decoding <= 1:
         return 1
-    rounds = {n: round_s(ring, num_decoding, n, tokens_each) for n in range(1, largest + 1)}
+    rounds = {
+        n: round_s(ring, num_decoding, n, tokens_each, prefill_share) for n in range(1, largest + 1)
+    }
     if current in rounds and rounds[current] <= (1 + HYSTERESIS) * min(rounds.values()):
         return current
     stages = len(ring.stages)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from molink.planning.costs import Line
 from molink.planning.micro_batches import (
     DECODE_COST_TOKENS,
+    MAX_PREFILL_SHARE,
     STEP_COST_TOKENS,
     Ring,
     decodes_per_step,
@@ -138,11 +139,16 @@ class Pace:
         )
 
     def _decide(self, load: Load) -> PaceDecision:
+        prompts = 0.0
+        if load.pending or load.prefill_steps:
+            prompts = min(MAX_PREFILL_SHARE, self._prefill.stage_share)
         if self._is_measured and self._wanted.micro_batches is None and load.num_decoding:
             self._micro_batches = micro_batches(
-                self._decode, load.num_decoding, self._micro_batches, load.tokens_each
+                self._decode, load.num_decoding, self._micro_batches, load.tokens_each, prompts
             )
-        round_time = round_s(self._decode, load.num_decoding, self._micro_batches, load.tokens_each)
+        round_time = round_s(
+            self._decode, load.num_decoding, self._micro_batches, load.tokens_each, prompts
+        )
         stall = math.inf
         if self._is_measured and load.num_decoding:
             stall = max(MAX_STALL_S, round_time)

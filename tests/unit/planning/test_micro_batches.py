@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from molink.planning.costs import Line
 from molink.planning.micro_batches import (
     HYSTERESIS,
+    MAX_PREFILL_SHARE,
     MAX_STEPS,
     STEP_COST_TOKENS,
     Ring,
@@ -67,6 +68,32 @@ def test_delay_asks_for_more_steps_and_fixed_costs_for_fewer() -> None:
     assert micro_batches(Ring((dear, dear), (), 0.1), 32, 0) < micro_batches(
         Ring((cheap, cheap), (), 0.1), 32, 0
     )
+
+
+@given(rings, st.integers(2, 200), st.floats(0, MAX_PREFILL_SHARE))
+def test_beside_prompts_no_other_number_keeps_a_stage_less_busy_for_the_same_round(
+    ring: Ring, running: int, share: float
+) -> None:
+    """A round lasts as long as the decodes of a stage and its share of prompts do."""
+    chosen = micro_batches(ring, running, 0, prefill_share=share)
+    for other in range(1, min(running, MAX_STEPS) + 1):
+        assert round_s(ring, running, chosen, prefill_share=share) <= round_s(
+            ring, running, other, prefill_share=share
+        )
+
+
+def test_prompts_that_a_link_waits_for_make_fewer_steps() -> None:
+    """Three steps fill the ring by themselves, but then nobody feeds the link."""
+    ring = Ring((Line(0.015, 0.0012),) * 2, (Line(0.0, 0.001),), 0.03)
+    assert micro_batches(ring, 20, 0) == 3
+    assert micro_batches(ring, 20, 0, prefill_share=0.45) == 2
+
+
+@pytest.mark.parametrize(("hop_us", "share"), [(2000, 0.2), (400, 1.0), (100, 1.0)])
+def test_a_stage_is_as_busy_as_the_slowest_link_lets_it(hop_us: int, share: float) -> None:
+    ring = Ring((Line(0.01, 0.0004), Line(0.01, 0.0001)), (Line(0.0, 1e-6 * hop_us),))
+    assert ring.stage_share == pytest.approx(share)
+    assert ring.is_bound_by_links == (share < 1)
 
 
 @given(rings, st.integers(1, 200), st.integers(1, MAX_STEPS))

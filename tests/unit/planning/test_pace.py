@@ -104,6 +104,18 @@ def test_delay_makes_more_micro_batches_and_they_follow_the_link() -> None:
     assert made.decision.micro_batches > near
 
 
+def test_while_prompts_come_there_are_fewer_micro_batches() -> None:
+    """What decodes do not need of a stage feeds the link."""
+    made = pace(path(rtt_s=0.06, fixed_s=0.005))
+    decoding = replace(IDLE, num_decoding=20, num_ready=20)
+    numbers = []
+    for load in (decoding, replace(decoding, pending=4000), replace(decoding, prefill_steps=1)):
+        made.next(load)
+        assert made.decision is not None
+        numbers.append(made.decision.micro_batches)
+    assert numbers[0] > numbers[1] == numbers[2]
+
+
 def test_a_fixed_number_stays() -> None:
     made = pace(path(), Pacing(micro_batches=7))
     made.next(replace(IDLE, num_decoding=32, num_ready=32))
