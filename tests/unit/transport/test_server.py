@@ -2,9 +2,13 @@
 
 import asyncio
 import gc
+import signal
 import socket
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable
-from time import time
+from pathlib import Path
+from time import monotonic, time
 
 import pytest
 
@@ -13,7 +17,7 @@ from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.transport import server
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity
-from molink.transport.link import Link
+from molink.transport.link import SILENCE_S, Link
 from molink.transport.server import (
     MAX_ENROLL_REQUEST,
     Accepted,
@@ -296,3 +300,61 @@ async def test_a_token_allows_to_enrol_and_nothing_else(head: Head) -> None:
 
 async def test_a_node_may_ask_for_the_status(head: Head) -> None:
     assert await fetch_status(head.address, head.node(NODE), 5) == b"{}"
+
+
+SEND_A_PIECE = """
+import asyncio, sys
+from pathlib import Path
+from molink.core.ids import HEAD
+from molink.transport.identity import NodeIdentity
+from molink.transport.pieces import join
+from molink.transport.server import dial
+from molink.wire.frames import Priority
+
+async def main():
+    link = (await dial(sys.argv[1], NodeIdentity.load(Path(sys.argv[2])), HEAD, 5.0)).link
+    await link._stream.write(join(Priority.DECODE, memoryview(sys.stdin.buffer.read())))
+    print("sent", flush=True)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+FASTER = 4  # than links notice silence elsewhere
+
+
+async def test_a_process_that_stops_in_the_middle_of_a_frame_is_lost_and_nobody_else(
+    authority: ClusterAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its kernel goes on acknowledging to TCP what it is sent."""
+    faster = [(k, v // FASTER if k.endswith("_ms") else v) for k, v in server.CHANNEL_OPTIONS]
+    monkeypatch.setattr(server, "CHANNEL_OPTIONS", faster)
+    head = Head(authority)
+    await head.start()
+    head.node(NODE).save(tmp_path / "node.pem")
+    command = (sys.executable, "-c", SEND_A_PIECE, head.address, str(tmp_path / "node.pem"))
+    stopped = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+    try:
+        assert stopped.stdin is not None
+        assert stopped.stdout is not None
+        stopped.stdin.write(frame(1, MAX_PAYLOAD)[: MAX_PAYLOAD // 2])
+        stopped.stdin.write_eof()
+        assert await asyncio.wait_for(stopped.stdout.readline(), 20) == b"sent\n"
+        stopped.send_signal(signal.SIGSTOP)
+        since = monotonic()
+        _, lost = await asyncio.wait_for(head.accepted.get(), 5)
+        dialled = await dial(head.address, head.node(NodeId(2)), HEAD, 5.0)
+        other = asyncio.create_task(dialled.link.run(lambda *_: None))
+        reason = await asyncio.wait_for(asyncio.shield(lost.ended), 2 * SILENCE_S / FASTER)
+        assert "link to node 1 broke: nothing was heard for" in reason
+        assert monotonic() - since < SILENCE_S / FASTER + 1
+        assert lost.frames == []
+        _, end = await asyncio.wait_for(head.accepted.get(), 5)
+        dialled.link.send(frame(2), Priority.DECODE)
+        await end.has(1)
+        other.cancel()
+        await asyncio.gather(other, return_exceptions=True)
+        await dialled.channel.close()
+    finally:
+        stopped.kill()
+        await stopped.wait()
+        await head.server.stop()
