@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.e2e.clock import Clock, why_no_clock
 from tests.e2e.cluster import Cluster, eventually, free_port, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import requests_in_flight
@@ -25,7 +26,10 @@ REQUESTS = [make_completion(prompt) for prompt in make_prompts([3, 40, 150])]
 class Faulty(Cluster):
     """A cluster whose tokens are known from before the fault."""
 
+    clocks: tuple[Clock, Clock]  # of the head that is started again, and of the spare
+
     def start(self) -> "Faulty":
+        self.clocks = Clock(self._root / "clock"), Clock(self._root / "spares-clock")
         self.port = free_port()
         self._arguments.append(f"--listen=127.0.0.1:{self.port}")
         super().start()
@@ -108,7 +112,7 @@ def test_a_spare_takes_over_and_one_that_cannot_is_sent_away(
     shutil.copytree(BUNDLED, no_weights, ignore=shutil.ignore_patterns("*.safetensors"))
     weak = cluster.add_member(name="weak", arguments=["--model", str(no_weights)])
     weak.wait_for("all layers are taken; this node is kept as a spare")
-    spare = cluster.add_member(name="spare")
+    spare = cluster.add_member(name="spare", environment=cluster.clocks[1].environment)
     spare.wait_for("all layers are taken; this node is kept as a spare")
     assert [node.role for node in cluster.view().nodes] == ["stage", "stage", "spare", "spare"]
     running = requests_in_flight(cluster)
@@ -140,7 +144,24 @@ def test_the_head_is_killed_and_started_again(cluster: Faulty) -> None:
     (member,) = cluster.members
     member.wait_for("lost the head")
     assert len(member.processes("molink.entrypoints.stage")) == 0
-    cluster.start_head(name="head2", environment={"MOLINK_HOME": str(old.home)})
+    home = {"MOLINK_HOME": str(old.home)}
+    cluster.start_head(name="head2", environment=home | cluster.clocks[0].environment)
     cluster.wait_until_serving()
     cluster.check_mended()
     old.end()
+
+
+@pytest.mark.skipif(bool(why_no_clock()), reason=why_no_clock())
+def test_clocks_that_jump_change_nothing(cluster: Faulty) -> None:
+    """Forward on one machine and back on the other, at once, and right again."""
+    epoch = cluster.view().epoch
+    for hours in (1, -1, 0):
+        stream, whole = requests_in_flight(cluster)
+        for clock, sign in zip(cluster.clocks, (1, -1), strict=True):
+            clock.jump(sign * hours * 3600)
+        assert cluster.ask_tokens() == cluster.tokens
+        for request in (stream, whole):
+            request.wait(END_S)
+            assert request.status == 200
+        assert "error" not in stream.events[-1]
+    assert cluster.view().epoch == epoch
