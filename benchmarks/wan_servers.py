@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -118,16 +119,9 @@ class Vllm(Staged):
 class Molink(Staged):
     """A cluster of ours, one node a stage."""
 
-    def __init__(
-        self,
-        name: str,
-        subject: Subject,
-        site: Site,
-        hosts: Sequence[str],
-        flags: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(name, subject, site, hosts, flags)
-        self._client = httpx.Client(base_url=self.url, timeout=2.0)
+    @cached_property
+    def _client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=2.0)
 
     def start(self) -> None:
         token = self.folder / "token"
