@@ -31,7 +31,7 @@ from terminal import run
 from wire_tokens import Answers, Examiner
 from workload import Workload
 
-from molink.planning.micro_batches import prefill_tokens_per_step
+from molink.planning.micro_batches import STEP_COST_TOKENS, prefill_tokens_per_step, unmeasured
 
 ONE, VLLM_TWO, OURS_ALONE = "one process", "vLLM's pipeline, 2", "molink serve"
 # Our scheduler cuts prefill on its own; here vLLM's is told to cut as ours does at first.
@@ -152,7 +152,8 @@ def _answers(contestant: Contestant) -> Answers:
 
 def _cut(workload: Workload) -> tuple[str, ...]:
     prompts = workload.num_requests * workload.prompt_tokens
-    return (f"--max-num-batched-tokens={prefill_tokens_per_step(prompts, num_stages=2)}",)
+    tokens = prefill_tokens_per_step(unmeasured(2, STEP_COST_TOKENS), prompts)
+    return (f"--max-num-batched-tokens={tokens}",)
 
 
 def _ours(stages: int) -> str:

@@ -15,6 +15,8 @@ STEP_COST_TOKENS = 128
 time, where it has not been measured."""
 DECODE_COST_TOKENS = 32
 """The same of a decode step."""
+SLACK = 0.05
+"""By which prompts may pass later for fewer steps, as a share of the shortest time."""
 MAX_PREFILL_SHARE = 0.5
 """Of a stage's time that decodes leave to prompts, at most: without end, where stages are slower
 than links."""
@@ -122,9 +124,10 @@ def prefill_tokens_per_step(ring: Ring, pending: int, max_stage_s: float = math.
 
     Cut into k steps they pass stages and links in trip(pending / k) + (k - 1) · busiest(pending /
     k): large steps leave later stages idle at the start and early ones at the end, small ones pay
-    the fixed cost more often. Where a link is the busiest this makes a chunk's transfer about as
-    long as one stage's compute; there none is so small that its compute is mostly fixed cost.
-    Nor is one made that small because others decode.
+    the fixed cost more often. The fewest are taken whose time is within SLACK of the shortest: what
+    a stage spends on fixed costs it does not have for decodes. Where a link is the busiest, the
+    shortest is where a chunk's transfer takes as long as one stage's compute; no chunk is so small
+    that its compute is mostly fixed cost. Nor is one made that small because others decode.
 
     Args:
         max_stage_s: seconds for which one step may keep a stage busy.
@@ -132,13 +135,15 @@ def prefill_tokens_per_step(ring: Ring, pending: int, max_stage_s: float = math.
     slowest = max(ring.stages, key=lambda line: line.per_token_s)
     half_fixed = max(1.0, slowest.fixed_s / max(slowest.per_token_s, SHORTEST_S))
     least = half_fixed if ring.is_bound_by_links else 1.0
-    allowed = (max_stage_s - slowest.fixed_s) / max(slowest.per_token_s, SHORTEST_S)
-    most = max(half_fixed, allowed)
+    of_stall = (max_stage_s - slowest.fixed_s) / max(slowest.per_token_s, SHORTEST_S)
+    most = max(half_fixed, of_stall)
     if pending <= least:
         return pending
     first = max(1, math.ceil(pending / most)) if most < math.inf else 1
     last = max(first, min(int(pending / least), first + 512))
-    return math.ceil(pending / min(_counts(first, last), key=lambda k: _makespan(ring, pending, k)))
+    times = {steps: _makespan(ring, pending, steps) for steps in _counts(first, last)}
+    allowed_s = (1 + SLACK) * min(times.values())
+    return math.ceil(pending / min(steps for steps, time in times.items() if time <= allowed_s))
 
 
 def _counts(first: int, last: int) -> Iterable[int]:
