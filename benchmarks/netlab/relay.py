@@ -21,6 +21,7 @@ _TUNSETIFF = 0x400454CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 MAX_PACKET = 65536
 JITTER_HOLDS_S = 0.04  # one draw; of one for every packet, a stream would see only the largest
+TICK_S = 0.0005  # packets of so long are read and written together: a wake costs more than they do
 PRIORITY = 50  # among real-time processes: what is measured must not disturb the clock
 
 
@@ -109,6 +110,7 @@ def main() -> None:
         now = time.monotonic()
         for direction in directions.values():
             direction.deliver(now)
+        time.sleep(TICK_S)
 
 
 if __name__ == "__main__":
