@@ -1,12 +1,14 @@
-"""A link between two stages dies for a while, slows down, and dies for good."""
+"""A link between two stages dies for a while, slows down, dies for long; a peer stands still."""
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from benchmarks.netlab import Lab, Line, why_not
-from tests.e2e.cluster import Cluster, Request, eventually, tokens
+from tests.e2e.cluster import Cluster, Machine, Request, eventually, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import Running, requests_in_flight
 from tests.factories import make_completion, make_prompt, make_prompts
@@ -26,6 +28,10 @@ REQUESTS = [
 LONG_PROMPT = make_completion(make_prompt(480, seed=3), max_tokens=1)
 NARROW = 4e5  # bit/s
 MEASURED_S = 75.0  # after a link has begun, it has been measured on a machine at rest
+OUTAGE_S = 60.0  # longer than a link is waited for
+HALF = 40_000  # bytes of LONG_PROMPT's activations, which take more than four times as many
+GROWTH = 32 << 20  # bytes, of a process that keeps half of a message
+FOLLOWED_S = 5.0  # after a link changes, it has been measured anew
 NOTICED_S = 3.0  # after a link is lost, everybody knows
 REPAIR_S = 90.0
 
@@ -47,11 +53,12 @@ def test_bad_weather(lab: Lab) -> None:
 
 def through_all_weathers(lab: Lab) -> None:
     flags = [f"--max-model-len={MAX_MODEL_LEN}", "--no-enable-prefix-caching"]
-    cluster = Cluster(BUNDLED, nodes=2, flags=flags, head_arguments=["--listen=0.0.0.0:0"])
+    layers = ["4:8", None]  # activations cross to the head
+    cluster = Cluster(BUNDLED, layers=layers, flags=flags, head_arguments=["--listen=0.0.0.0:0"])
     try:
         cluster.start_head()
         there = {"arguments": ["--listen=0.0.0.0:0"], "prefix": lab.prefix("a")}
-        cluster.add_member(name="a", **there)
+        far = cluster.add_member(name="a", **there)
         cluster.wait_until_serving()
         expected = tokens(cluster.ask(REQUESTS))
         after_prompt = tokens(cluster.ask([LONG_PROMPT]))
@@ -60,6 +67,8 @@ def through_all_weathers(lab: Lab) -> None:
         for pause_s in (1.0, 5.0):
             assert meanwhile(cluster, lambda s=pause_s: pause(lab, s)) == expected
         assert meanwhile(cluster, lambda: lab.set_rate("head", "a", 2e6, 2e6)) == expected
+        lab.set_rate("head", "a", LINE.up, LINE.down)
+        assert while_it_falls_tenfold(cluster, lab) == after_prompt
         lab.set_rate("head", "a", NARROW, NARROW)
         for _ in range(3):  # the link notices that it has become narrow
             assert tokens(cluster.ask([LONG_PROMPT])) == after_prompt
@@ -67,6 +76,8 @@ def through_all_weathers(lab: Lab) -> None:
         lab.set_rate("head", "a", LINE.up, LINE.down)
         assert cluster.view().epoch == 1
         lose_it(cluster, lab)
+        assert tokens(cluster.ask(REQUESTS)) == expected
+        stop_in_mid_message(cluster, lab, far)
         assert tokens(cluster.ask(REQUESTS)) == expected
         cluster.stop()
     finally:
@@ -93,6 +104,29 @@ def meanwhile(cluster: Cluster, weather: Callable[[], None]) -> list[list[int]]:
         return tokens(asked.result(timeout=60))
 
 
+def while_it_falls_tenfold(cluster: Cluster, lab: Lab) -> list[list[int]]:
+    """The tokens of a prompt that crosses while the link's rate falls, and is measured anew."""
+    with ThreadPoolExecutor(1) as thread:
+        for _ in range(3):  # it is measured as it is
+            assert rate_from_a(cluster) == pytest.approx(LINE.up / 8, rel=0.25)
+            asked = thread.submit(cluster.ask, [LONG_PROMPT])
+            asked.result(timeout=10)
+        lab.set_rate("head", "a", LINE.up / 10, LINE.down / 10)
+        fell_at = time.monotonic()
+        while rate_from_a(cluster) > 1.5 * LINE.up / 10 / 8:
+            assert time.monotonic() < fell_at + FOLLOWED_S
+            if asked.done():
+                asked = thread.submit(cluster.ask, [LONG_PROMPT])
+        return tokens(asked.result(timeout=10))
+
+
+def rate_from_a(cluster: Cluster) -> float:
+    """Bytes a second of the link that carries activations, as the pace is told."""
+    (rate,) = (link.bytes_per_s for link in cluster.view().links if link.source == "a")
+    assert rate is not None
+    return rate
+
+
 def while_others_decode(cluster: Cluster, request: Request) -> list[list[int]]:
     """The tokens of a request whose prompt takes seconds to cross; decodes pass it meanwhile."""
     stream = Running(cluster, stream=True)
@@ -112,16 +146,43 @@ def pause(lab: Lab, seconds: float) -> None:
 
 
 def lose_it(cluster: Cluster, lab: Lab) -> None:
-    """Cut the link until its end is noticed; mend it."""
+    """Cut the link for long: requests end soon, others are refused until it is back."""
     running = requests_in_flight(cluster)
+    cut_at = time.monotonic()
     lab.cut("head", "a")
+    wait_until_down(cluster)
+    for request in running:
+        request.wait(NOTICED_S)
+        assert request.ended_at is not None
+    while time.monotonic() < cut_at + OUTAGE_S:
+        assert cluster.has_status(503)
+        time.sleep(1.0)
+    lab.restore("head", "a")
+    eventually(lambda: cluster.has_status(200), REPAIR_S, "it serves again")
+
+
+def wait_until_down(cluster: Cluster) -> None:
     eventually(lambda: cluster.has_status(503), SILENCE_S + NOTICED_S, "the pipeline is down")
     refusal = cluster.http.post("/v1/completions", json={"model": cluster.model, "prompt": "Hello"})
     assert refusal.status_code == 503
     assert "the pipeline is down: a: link to node 1 broke" in refusal.text
     assert "nothing was heard for" in refusal.text
-    for request in running:
-        request.wait(NOTICED_S)
-        assert request.ended_at is not None
-    lab.restore("head", "a")
+
+
+def stop_in_mid_message(cluster: Cluster, lab: Lab, far: Machine) -> None:
+    """Stop the agent of the first stage while its activations are under way; let it go on later."""
+    head = psutil.Process(cluster.head.process.pid)
+    lab.set_rate("head", "a", NARROW, NARROW)
+    before, sent = head.memory_info().rss, lab.bytes_sent("a", "head")
+    with ThreadPoolExecutor(1) as thread:
+        body = {"model": cluster.model, **LONG_PROMPT}
+        asked = thread.submit(cluster.http.post, "/v1/completions", json=body)
+        eventually(lambda: lab.bytes_sent("a", "head") > sent + HALF, 30, "half has crossed")
+        far.signal(signal.SIGSTOP)
+        assert not asked.done()
+        wait_until_down(cluster)
+        assert asked.result(NOTICED_S).status_code == 503
+    assert head.memory_info().rss - before < GROWTH
+    lab.set_rate("head", "a", LINE.up, LINE.down)
+    far.signal(signal.SIGCONT)
     eventually(lambda: cluster.has_status(200), REPAIR_S, "it serves again")
