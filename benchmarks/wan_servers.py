@@ -24,6 +24,7 @@ VARIANTS = {
     "apart": ("--separate-prefill=on",),
     "together": ("--separate-prefill=off",),
     "sum": ("--wire-sum=on",),
+    "sum-together": ("--wire-sum=on", "--separate-prefill=off"),
     "int8": ("--wire-dtype=int8",),
     "fp8": ("--wire-dtype=fp8",),
     "fp8-together": ("--wire-dtype=fp8", "--separate-prefill=off"),

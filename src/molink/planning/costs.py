@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 FORGET = 0.98  # weight of what was known, for every new sample: the last 50 count
+OUTLIER = 4.0  # times what is expected: a step that takes longer counts as one that takes so long
+EXPECTS_AFTER = 10.0  # samples
 PRIOR_WEIGHT = 0.05  # of a sample, for each of two that hold the line's slope while sizes are equal
 
 
@@ -21,7 +23,8 @@ class LineFit:
     """A line through measured (tokens, seconds), by least squares that forget.
 
     Steps of one size say nothing of the slope. Until others come, the fixed part is worth as much
-    time as `prior_tokens`. The first sample is left out: memory and kernels are still cold.
+    time as `prior_tokens`. The first sample is left out: memory and kernels are still cold. One
+    during which the machine stood still may not bend the line, a stage that becomes slower does.
     """
 
     def __init__(self, prior_tokens: float) -> None:
@@ -33,6 +36,9 @@ class LineFit:
         if not self._is_warm:
             self._is_warm = True
             return
+        line = self.line if self._sums[0] >= EXPECTS_AFTER else None
+        if line is not None:
+            seconds = min(seconds, OUTLIER * line(tokens))
         sample = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = [FORGET * old + new for old, new in zip(self._sums, sample, strict=True)]
 

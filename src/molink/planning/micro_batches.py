@@ -115,7 +115,7 @@ def decodes_per_step(num_decoding: int, num_steps: int) -> int:
 
 def steps_that_fill(ring: Ring, tokens: int) -> int:
     """Steps of this size in flight that keep the busiest stage or link busy (Little's law)."""
-    return min(MAX_STEPS, math.ceil(ring.trip_s(tokens) / ring.busiest_s(tokens)))
+    return max(1, min(MAX_STEPS, math.ceil(ring.trip_s(tokens) / ring.busiest_s(tokens))))
 
 
 @lru_cache(maxsize=256)
@@ -132,18 +132,21 @@ def prefill_tokens_per_step(ring: Ring, pending: int, max_stage_s: float = math.
     Args:
         max_stage_s: seconds for which one step may keep a stage busy.
     """
-    slowest = max(ring.stages, key=lambda line: line.per_token_s)
-    half_fixed = max(1.0, slowest.fixed_s / max(slowest.per_token_s, SHORTEST_S))
+    half_fixed = max(1.0, *(line.fixed_s / _slope(line) for line in ring.stages))
+    of_stall = min((max_stage_s - line.fixed_s) / _slope(line) for line in ring.stages)
     least = half_fixed if ring.is_bound_by_links else 1.0
-    of_stall = (max_stage_s - slowest.fixed_s) / max(slowest.per_token_s, SHORTEST_S)
     most = max(half_fixed, of_stall)
     if pending <= least:
         return pending
-    first = max(1, math.ceil(pending / most)) if most < math.inf else 1
+    first = max(1, math.ceil(pending / most))
     last = max(first, min(int(pending / least), first + 512))
     times = {steps: _makespan(ring, pending, steps) for steps in _counts(first, last)}
     allowed_s = (1 + SLACK) * min(times.values())
     return math.ceil(pending / min(steps for steps, time in times.items() if time <= allowed_s))
+
+
+def _slope(line: Line) -> float:
+    return max(line.per_token_s, SHORTEST_S)
 
 
 def _counts(first: int, last: int) -> Iterable[int]:

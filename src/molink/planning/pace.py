@@ -152,7 +152,8 @@ class Pace:
         stall = math.inf
         if self._is_measured and load.num_decoding:
             stall = max(MAX_STALL_S, round_time)
-        tokens = max(1, prefill_tokens_per_step(self._prefill, load.pending, stall))
+        tokens = prefill_tokens_per_step(self._prefill, load.pending, stall)
+        tokens = max(1, min(tokens, self._max_tokens))
         wanted, chance = self._wanted.separate_prefill, load.draft_chance
         return PaceDecision(
             self._micro_batches,

@@ -52,14 +52,36 @@ def test_nothing_is_decided_before_every_stage_has_run_both_kinds() -> None:
     assert made.decision.micro_batches == 2
 
 
-@given(st.floats(0, 1e15), st.floats(0, 1e12), st.floats(0, 1e12), st.floats(0, 1e12))
+@given(
+    st.none() | st.floats(0, 1e15),
+    st.floats(0, 1e12),
+    st.floats(0, 1e12),
+    st.none() | st.floats(0, 1e12),
+    st.floats(0, 1e15),
+    st.sampled_from(["auto", "on", "off"]),
+)
 def test_whatever_is_reported_something_is_decided(
-    rate: float, fixed_s: float, per_token_s: float, rtt_s: float
+    rate: float | None,
+    fixed_s: float,
+    per_token_s: float,
+    rtt_s: float | None,
+    size: float,
+    apart: str,
 ) -> None:
     cost = StepCost(fixed_s, per_token_s)
-    stage = StageCounters(decode=cost, prefill=cost, bytes_per_token=1e15)
-    made = pace(PathMeasured(1, [HopFigures(rate, rtt_s)] * 2, [stage] * 2))
-    assert made.next(replace(IDLE, num_decoding=8, num_ready=8, pending=500)) != Share()
+    stage = StageCounters(decode=cost, prefill=cost, bytes_per_token=size)
+    measured = PathMeasured(1, [HopFigures(rate, rtt_s)] * 2, [stage] * 2)
+    for load in (replace(IDLE, num_decoding=8, num_ready=8, pending=500), replace(IDLE, pending=9)):
+        assert pace(measured, Pacing(separate_prefill=apart)).next(load) != Share()
+
+
+def test_what_fills_the_ring_are_steps_as_large_as_one_may_be() -> None:
+    made = Pace(2, 256, 16 * 256, Pacing())
+    made.take(path(1.25e6, rtt_s=0.3))
+    made.next(replace(IDLE, pending=40_000))
+    assert made.decision is not None
+    assert made.decision.prefill_tokens == 256
+    assert made.decision.prefill_steps * 256 * 3072 / 1.25e6 >= 0.3
 
 
 def replace_stage(measured: PathMeasured, index: int, stage: StageCounters) -> PathMeasured:
