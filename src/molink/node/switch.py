@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from molink.core.errors import WireError
@@ -56,23 +56,23 @@ class Switch:
             self.dropped[reason] += 1
             return None
         if destination == EVERY_STAGE and link.peer == HEAD:  # it has already made the copies
-            self._deliver(header, frame)
-            return None
+            return self._deliver(header, frame)
         if destination == EVERY_STAGE or (destination != self.node and self.node != HEAD):
             raise WireError(f"node {link.peer} sent a frame for {header.destination}")
         room = self._to_node(destination, header, frame)
         if destination != self.node and destination in self.links:
             self.relayed[source, destination] += len(frame)
-            return self._within_allowance(len(frame), room)
+            return self._within_allowance(header.priority, len(frame), room)
         return room
 
     def _within_allowance(
-        self, size: int, room: asyncio.Future[None] | None
-    ) -> Awaitable[None] | None:
+        self, priority: Priority, size: int, room: asyncio.Future[Any] | None
+    ) -> Awaitable[Any] | None:
         """Asks the source to wait for room, and for its time where relaying is bounded."""
         if self.relay_allowance is None:
             return room
-        wait_s = self.relay_allowance.take(size, asyncio.get_running_loop().time())
+        now, is_urgent = asyncio.get_running_loop().time(), priority < Priority.PREFILL
+        wait_s = self.relay_allowance.take(size, now, is_urgent=is_urgent)
         if wait_s == 0:
             return room
         return _both(asyncio.sleep(wait_s), room) if room is not None else asyncio.sleep(wait_s)
@@ -91,17 +91,14 @@ class Switch:
         if destination.node == EVERY_STAGE:
             if not self.stage_nodes:
                 self.dropped["no stage"] += 1
-            waits = [self._to_node(node, header, frame) for node in self.stage_nodes]
-            waiting = [wait for wait in waits if wait is not None]
-            return asyncio.gather(*waiting) if waiting else None
+            return _all(self._to_node(node, header, frame) for node in self.stage_nodes)
         return self._to_node(destination.node, header, frame)
 
     def _to_node(
         self, node: NodeId, header: FrameHeader, frame: bytes
-    ) -> asyncio.Future[None] | None:
+    ) -> asyncio.Future[Any] | None:
         if node == self.node:
-            self._deliver(header, frame)
-            return None
+            return self._deliver(header, frame)
         link = self._link_to(node, header)
         if link is None:
             self.dropped["no link"] += 1
@@ -128,19 +125,18 @@ class Switch:
         """Whether a message has begun to leave over a link, and has not ended."""
         return link in self._ways.values()
 
-    def _deliver(self, header: FrameHeader, frame: bytes) -> None:
+    def _deliver(self, header: FrameHeader, frame: bytes) -> asyncio.Future[Any] | None:
         if header.destination.port == Port.AGENT:
             if header.kind == Kind.CONTROL and header.length == header.total:
                 self._control(header, frame[HEADER_SIZE:])
             else:
                 self.dropped["not for an agent"] += 1
-            return
+            return None
         peers = self.local.get(header.destination.port)
         if not peers:
             self.dropped["no process"] += 1
-            return
-        for peer in peers.values():
-            peer.send(frame)
+            return None
+        return _all(peer.send(frame) for peer in peers.values())
 
     def forget(self, peer: LocalPeer) -> None:
         """Remove a local process that is gone."""
@@ -148,6 +144,11 @@ class Switch:
             peers = self.local.get(peer.port, {})
             if peers.get(peer.rank) is peer:  # otherwise its successor is here already
                 del peers[peer.rank]
+
+
+def _all(waits: Iterable[asyncio.Future[Any] | None]) -> asyncio.Future[Any] | None:
+    waiting = [wait for wait in waits if wait is not None]
+    return asyncio.gather(*waiting) if waiting else None
 
 
 async def _both(first: Awaitable[None], second: Awaitable[None]) -> None:

@@ -30,6 +30,8 @@ class LocalPeer(asyncio.BufferedProtocol):
         self._header: FrameHeader | None = None
         self._buffer = bytearray(HEADER_SIZE)
         self._filled = 0
+        self._is_full = False  # more waits to be written than SOCKET_BUFFER
+        self._rooms: list[asyncio.Future[None]] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -71,12 +73,31 @@ class LocalPeer(asyncio.BufferedProtocol):
         if not self._transport.is_closing():
             self._transport.resume_reading()
 
-    def send(self, frame: bytes) -> None:
-        """Write a frame; the transport keeps what the process has not taken yet."""
+    def send(self, frame: bytes) -> asyncio.Future[None] | None:
+        """Write a frame; wait for a returned future before sending more of its class.
+
+        The transport keeps what the process has not taken yet.
+        """
         self._transport.write(frame)
+        if not self._is_full:
+            return None
+        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._rooms.append(room)
+        return room
+
+    def pause_writing(self) -> None:
+        self._is_full = True
+
+    def resume_writing(self) -> None:
+        self._is_full = False
+        for room in self._rooms:
+            if not room.done():
+                room.set_result(None)
+        self._rooms.clear()
 
     def close(self) -> None:
         self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.resume_writing()
         self._lost(self)

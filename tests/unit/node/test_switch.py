@@ -38,8 +38,11 @@ class Process:
     def peer(self) -> LocalPeer:
         return cast(LocalPeer, self)
 
-    def send(self, frame: bytes) -> None:
+    room: asyncio.Future[None] | None = None  # while it is behind
+
+    def send(self, frame: bytes) -> asyncio.Future[None] | None:
         self.received.append(frame)
+        return self.room
 
     def emit(self, frame: bytes) -> object:
         return self.switch.from_local(self.peer, FrameHeader.unpack(frame), frame)
@@ -267,6 +270,22 @@ async def test_what_the_head_relays_is_counted_and_may_be_bounded(
         await asyncio.sleep(0)
         assert not waiting.done()
         waiting.cancel()
+
+
+@pytest.mark.parametrize("to", [TWO, EVERY_STAGE])
+async def test_whoever_sends_to_a_process_that_is_behind_is_asked_to_wait(
+    network: Network, to: NodeId
+) -> None:
+    ranks = [process(network, TWO, Port.STAGE, rank) for rank in range(2)]
+    switch = network.switches[TWO]
+    frame = make(ENGINE, Address(to, Port.STAGE))
+    for behind in (False, True, False):
+        ranks[1].room = asyncio.get_running_loop().create_future() if behind else None
+        wait = switch.from_link(switch.links[HEAD], FrameHeader.unpack(frame), frame)
+        assert (wait is not None) == behind
+        if wait is not None and ranks[1].room is not None:
+            ranks[1].room.set_result(None)
+            await wait
 
 
 async def test_unknown_destinations_are_counted(network: Network) -> None:

@@ -26,3 +26,23 @@ def test_what_was_not_used_is_not_saved_for_long() -> None:
     assert allowance.take(int(RATE * BURST_S), 1000.0) == 0.0
     assert allowance.take(int(RATE), 1000.0) == pytest.approx(1.0)
     assert allowance.take(int(RATE), 9000.0) == pytest.approx(1.0 - BURST_S)
+
+
+def test_what_is_urgent_does_not_wait_for_what_is_not() -> None:
+    allowance, now = Allowance(RATE), 1000.0
+    assert allowance.take(int(RATE), now) > 0.5
+    assert allowance.take(int(RATE * BURST_S), now, is_urgent=True) == 0.0
+    assert allowance.take(int(RATE), now, is_urgent=True) == pytest.approx(1.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 300_000), st.booleans()), min_size=1, max_size=50))
+def test_both_kinds_together_stay_within_the_rate(takes: list[tuple[int, bool]]) -> None:
+    allowance, taken = Allowance(RATE), 0
+    now = start = 1000.0
+    free_at = {True: start, False: start}
+    for size, is_urgent in takes:
+        now = max(now, free_at[is_urgent])
+        free_at[is_urgent] = now + allowance.take(size, now, is_urgent=is_urgent)
+        taken += size
+    # Each kind may be one message early, and has a burst.
+    assert taken <= RATE * (max(free_at.values()) - start + 2 * BURST_S) + 300_000 + 2

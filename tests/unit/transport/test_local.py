@@ -208,6 +208,48 @@ async def test_sending_never_blocks_and_reading_pauses_while_the_agent_has_no_ro
     assert [header.sequence for header, _ in server.frames] == list(range(40))
 
 
+async def test_sending_to_a_process_that_does_not_read_asks_to_wait(
+    server: Server, process: LocalSocket
+) -> None:
+    process.send(Kind.CONTROL, AGENT, [b""])
+    await server.has(1)
+    (peer,) = server.peers
+    views = [memoryview(bytes(MAX_PAYLOAD))]
+    (frame,) = (
+        b"".join([header, *pieces])
+        for header, pieces in cut(Kind.CALL, Priority.BULK, AGENT, STAGE, views)
+    )
+    sent, room = 0, None
+    while room is None and sent * len(frame) < 64 * MIB:
+        room = peer.send(frame)
+        sent += 1
+        await asyncio.sleep(0.001)
+    assert room is not None
+    cancelled = peer.send(frame)
+    assert cancelled is not None
+    cancelled.cancel()  # whoever waited for it has gone
+    assert not room.done()
+    for _ in range(sent + 1):
+        await asyncio.to_thread(process.receive)
+    await asyncio.wait_for(room, 10)
+    assert peer.send(frame) is None
+
+
+async def test_a_process_that_ends_lets_nobody_wait_for_room(
+    server: Server, process: LocalSocket
+) -> None:
+    process.send(Kind.CONTROL, AGENT, [b""])
+    await server.has(1)
+    (peer,) = server.peers
+    room = None
+    for _ in range(64 * MIB // MAX_PAYLOAD):
+        room = room or peer.send(bytes(MAX_PAYLOAD))
+        await asyncio.sleep(0.001)
+    assert room is not None
+    process.close()
+    await asyncio.wait_for(room, 10)
+
+
 async def test_what_was_sent_does_not_change_when_its_memory_is_written_again(
     server: Server, process: LocalSocket
 ) -> None:
