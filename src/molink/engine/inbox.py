@@ -63,6 +63,7 @@ class Inbox:
         self._parts: dict[tuple[Kind, int], Message] = {}
         self.epoch = 0
         self.previous: Address | None = None  # the stage before this one
+        self.max_input_bytes = 0  # that wait for their steps
         self.link_rates: dict[int, float] = {}  # bytes a second, by node
 
     def next(self) -> Turn:
@@ -106,10 +107,18 @@ class Inbox:
         if message.kind in (Kind.STEP, Kind.CALL):
             self._waiting[message.sequence] = self._arrived(message)
         elif message.kind in (Kind.ACTIVATIONS, Kind.SAMPLE):
-            if len(self._parts) == MAX_PARTS:
-                raise WireError(f"{MAX_PARTS} inputs have come of steps that have not")
             self._parts[message.kind, message.sequence] = message
+            self._check_parts()
         self._release()
+
+    def _check_parts(self) -> None:
+        if len(self._parts) > MAX_PARTS:
+            raise WireError(f"{MAX_PARTS} inputs have come of steps that have not")
+        waiting = sum(
+            len(part.payload) for (kind, _), part in self._parts.items() if kind == Kind.ACTIVATIONS
+        )
+        if waiting > self.max_input_bytes:
+            raise WireError(f"{waiting} bytes of input wait, more than {self.max_input_bytes}")
 
     def _arrived(self, message: Message) -> _Waiting:
         content = self._codec.decode(message.payload)

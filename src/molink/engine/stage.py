@@ -153,6 +153,7 @@ class StageLoop:
             self._worker = self._load(*args)
             self._timer = timer_for(self._worker.device)
             self._inbox.previous = _stage_of(self._worker.previous_node)
+            self._inbox.max_input_bytes = self._worker.max_waiting_input
             return self._worker.takes_sum
         worker = self._loaded()
         if method == "send_sum":

@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from molink.core.errors import WireError
 from molink.engine import compat
 from molink.engine.activations import Emit, unpack
 from molink.engine.adapters import check_adapter
@@ -104,6 +105,7 @@ class StageWorker:
 
     def _agreed_format(self, config: VllmConfig) -> HopFormat:
         """What this stage takes as its input."""
+        self._max_input = 0
         if self.index == 0:
             return HopFormat()
         runner = self._worker.worker.model_runner
@@ -112,6 +114,7 @@ class StageWorker:
         ).tensors
         row_bytes = sum(tensor.nbytes for tensor in one_row.values())
         self._max_input = runner.max_num_tokens * row_bytes * 2  # with exceptions of a sum
+        self._input_names = set(one_row)
         wanted = self._format(takes_sum=True)
         is_asked = wanted.has_sum or wanted.may_code_sum
         agreed = self._format(is_asked and uses_only_the_sum(runner.model, config, one_row))
@@ -166,7 +169,15 @@ class StageWorker:
     def unpack(self, payload: bytearray) -> dict[str, torch.Tensor]:
         """The input of a step. Raises WireError if it is not what was agreed on."""
         crossed = unpack(payload, self.device, max_bytes=self._max_input)
-        return self._receive.restore(crossed, self._worker.worker.model_config.dtype)
+        found = self._receive.restore(crossed, self._worker.worker.model_config.dtype)
+        if set(found) != self._input_names:  # vLLM would take what is missing from the last step
+            raise WireError(f"{sorted(found)} came, expected {sorted(self._input_names)}")
+        return found
+
+    @property
+    def max_waiting_input(self) -> int:
+        """Bytes of input that may wait here: one step of the largest size for every stage."""
+        return self._max_input * len(self.nodes)
 
     def execute_model(self, output: SchedulerOutput) -> Any:
         """Run the layers; None means that `sample` comes next."""

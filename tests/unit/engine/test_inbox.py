@@ -20,6 +20,7 @@ from molink.wire.to_stage import LinkRates
 PREVIOUS = Address(NodeId(1), Port.STAGE)
 OTHER = Address(NodeId(2), Port.STAGE)
 NODE = NodeId(3)
+MAX_BYTES = 1000  # of input that waits
 
 
 class Payloads:
@@ -45,8 +46,9 @@ class Socket:
         sequence: int = 1,
         after: tuple[int, ...] = (),
         tokens: int = 1,
+        size: int = 0,
     ) -> None:
-        content: Any = bytearray()
+        content: Any = bytearray(size)
         if kind == Kind.STEP:
             output = SimpleNamespace(total_num_scheduled_tokens=tokens)
             content = (True, False, list(after), output)
@@ -63,6 +65,7 @@ class Stage:
         self.socket = Socket()
         self.inbox = Inbox(cast(LocalSocket, self.socket), cast(Codec, Payloads()))
         self.inbox.previous = PREVIOUS
+        self.inbox.max_input_bytes = MAX_BYTES
         self.call(0)  # the engine begins the epoch
         self.ran()
 
@@ -216,6 +219,16 @@ def test_parts_that_nobody_asks_for_do_not_pile_up(stage: Stage) -> None:
     for sequence in range(2, MAX_PARTS + 3):
         stage.input(sequence)
     with pytest.raises(WireError, match="inputs have come of steps that have not"):
+        stage.ran()
+
+
+def test_bytes_that_nobody_asks_for_do_not_pile_up(stage: Stage) -> None:
+    stage.step(1)
+    for sequence in (2, 1, 3):
+        stage.input(sequence, size=MAX_BYTES // 2)
+    assert stage.ran() == [1]  # what has run does not count
+    stage.input(4, size=1)
+    with pytest.raises(WireError, match="bytes of input wait, more than"):
         stage.ran()
 
 
