@@ -90,6 +90,7 @@ class PipelineScheduler(Scheduler):
         is_decode_only = share.num_decodes > 0 and share.num_prefill_tokens == 0
         self.prefill_capacity_bound = False  # otherwise vLLM may not throttle
         self.max_num_scheduled_tokens = self._token_budget(share) + num_drafted
+        self.running.sort(key=lambda r: r.is_prefill_chunk)  # no chunk takes a decode's share
         with compat.unpadded(self):
             output = super().schedule(throttle_prefills or is_decode_only)
         if self._drafter is not None:
