@@ -12,6 +12,7 @@ from contextlib import suppress
 _TOTAL_RETRANS, _DATA_SEGS_OUT = 100, 156  # offsets in struct tcp_info (linux/tcp.h)
 _TCP_INFO_SIZE = 160
 _U32 = struct.Struct("=I")
+_LAP = 1 << 32  # the kernel's counters begin again
 SEGMENTS = 500  # sent, before a share of them is believed
 
 
@@ -29,7 +30,8 @@ class TcpSocket:
         """Share of the last segments that were sent again; None: too few were, or it is unknown."""
         counted = self._count()
         if counted is not None:
-            sent, again = (now - before for now, before in zip(counted, self._before, strict=True))
+            pairs = zip(counted, self._before, strict=True)
+            sent, again = ((now - before) % _LAP for now, before in pairs)
             if sent >= SEGMENTS:
                 self._before, self._loss = counted, min(again / sent, 1.0)
         return self._loss
