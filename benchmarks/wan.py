@@ -42,7 +42,7 @@ from wan_servers import SERVERS, Here, Site, Staged, make_server
 from workload import Workload
 
 DEFAULT_PROFILES = ("wan-100m-15ms", "dsl-10m-15ms")
-DEFAULT_LOADS = ("2:48", "20:48")  # requests a second: moderate, and beyond what two cores compute
+DEFAULT_LOADS = ((2.0, 48), (20.0, 48))  # a second: moderate, and beyond what two cores compute
 WORKLOAD = Workload(num_requests=48, prompt_tokens=384, output_tokens=48)
 WARM_UP = Workload(num_requests=8, prompt_tokens=32, output_tokens=8)
 ADAPT = Workload(num_requests=6, prompt_tokens=384, output_tokens=24)  # to a link that has changed
@@ -73,7 +73,7 @@ class Benchmark:
         }
 
     def run(self) -> None:
-        if reason := why_not():
+        if reason := why_not(measured=True):
             self._console.print(f"no lab: {reason}; all stages are on loopback")
             self._hosts, self._ways = ["head"] * self._options.stages, {}
             self._compare(Here(), None, [NO_LINK])
@@ -129,20 +129,19 @@ class Benchmark:
                     self._show(profile, found)
 
     def _rounds(
-        self, profile: str, servers: list[Staged], load: str, rates: dict[str, Any]
+        self, profile: str, servers: list[Staged], load: tuple[float, int], rates: dict[str, Any]
     ) -> None:
-        rate, requests = load.split(":")
-        sizes = (int(requests), self._options.prompt, self._options.output)
-        workload = replace(WORKLOAD, **dict(zip(WORKLOAD.__slots__, sizes, strict=True)))
-        runs = rates.setdefault(rate, {})
+        rate, requests = load
+        workload = Workload(requests, self._options.prompt, self._options.output)
+        runs = rates.setdefault(f"{rate:g}", {})
         for number in range(self._options.rounds):
             seed = number + self._options.seed
             for server in servers if number % 2 == 0 else servers[::-1]:
                 rates_of_ways = {} if server.name == tables.LOOPBACK else self._rates(profile)
                 ways = {way: self._ways[way] for way in rates_of_ways}
-                done = measured_run(server, workload, float(rate), seed, ways, rates_of_ways)
+                done = measured_run(server, workload, rate, seed, ways, rates_of_ways)
                 speed = f"{done.tokens_per_s:.1f} tokens/s"
-                self._say(f"{profile}, {rate}/s, round {number + 1}, {server.name}: {speed}")
+                self._say(f"{profile}, {rate:g}/s, round {number + 1}, {server.name}: {speed}")
                 figures = done if number == 0 else replace(done, occupancy=[])
                 runs.setdefault(server.name, []).append(figures.as_json())
                 self._write()
@@ -201,9 +200,10 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--load",
         nargs="+",
+        type=load_of,
         default=list(DEFAULT_LOADS),
         metavar="RATE:REQUESTS",
-        help=f"requests a second, and how many (default: {' '.join(DEFAULT_LOADS)})",
+        help="requests a second, and how many (default: 2:48 20:48)",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of the first round's requests")
@@ -216,6 +216,14 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.stages < 2:
         parser.error("--stages: a pipeline has two and more")
     return options
+
+
+def load_of(text: str) -> tuple[float, int]:
+    """RATE:REQUESTS. Raises ValueError if it is something else."""
+    rate, requests = text.split(":")
+    if not (float(rate) > 0 and int(requests) > 0):
+        raise ValueError(text)
+    return float(rate), int(requests)
 
 
 def main() -> None:

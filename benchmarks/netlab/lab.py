@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 RELAY = Path(__file__).with_name("relay.py")
 NEEDED = {"ip": "iproute2", "tc": "iproute2"}
 NEEDED_FOR_NAT = {"nft": "nftables"}
+NEEDED_TO_MEASURE = {"ping": "iputils-ping", "iperf3": "iperf3"}
 NEEDS_LARGE_PACKETS = 1e9  # bits a second, from which single packets cost too much
 CLOSED_PORT = 9  # nobody listens there: a host that is reached refuses
 _CLONE_NEWNET = 0x40000000
@@ -41,11 +42,12 @@ class LabError(Exception):
     """This machine cannot do what the lab needs; the message names it."""
 
 
-def why_not(*, nat: bool = False) -> str | None:
-    """What keeps this user from making a lab here, or one with a NAT; None if nothing does."""
+def why_not(*, nat: bool = False, measured: bool = False) -> str | None:
+    """What keeps this user from making a lab here, with a NAT, measured; None if nothing does."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    for command, package in (NEEDED | (NEEDED_FOR_NAT if nat else {})).items():
+    needed = NEEDED | (NEEDED_FOR_NAT if nat else {}) | (NEEDED_TO_MEASURE if measured else {})
+    for command, package in needed.items():
         if shutil.which(command) is None:
             return f"{command} is not installed (Debian: {package})"
     if not Path("/dev/net/tun").exists():

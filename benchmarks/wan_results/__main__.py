@@ -23,7 +23,10 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--png", action="store_true", help="draw pictures beside the first file")
     options = parser.parse_args()
-    results = tables.merged([json.loads(file.read_text()) for file in options.files])
+    try:
+        results = tables.merged([json.loads(file.read_text()) for file in options.files])
+    except ValueError as error:
+        parser.error(str(error))
     cores = results["machine"]["cores"]
     for profile, found in results["links"].items():
         rates = {rate: tables.runs_of(servers) for rate, servers in found["rates"].items()}

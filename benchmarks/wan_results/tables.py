@@ -94,7 +94,14 @@ PROOF_HEAD = ("requests/s", "chosen, tokens/s", "fixed, tokens/s", "best", "chos
 
 
 def merged(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Results of several invocations as if they were one; the machine is the first one's."""
+    """Results of several invocations as if they were one; the machine is the first one's.
+
+    Raises:
+        ValueError: their runs cannot stand side by side.
+    """
+    for name in ("workload", "dtype", "stages"):
+        if any(file.get(name) != files[0].get(name) for file in files):
+            raise ValueError(f"{name} is not the same in all files")
     whole: dict[str, Any] = {**files[0], "links": {}}
     for file in files:
         for profile, found in file["links"].items():
@@ -102,7 +109,10 @@ def merged(files: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for rate, servers in found["rates"].items():
                 runs = link["rates"].setdefault(rate, {})
                 for name, own in servers.items():
-                    runs.setdefault(name, []).extend(own)
+                    there = runs.setdefault(name, [])
+                    if {run["seed"] for run in there} & {run["seed"] for run in own}:
+                        raise ValueError(f"{name} has runs of one seed in two files")
+                    there.extend(own)
     return whole
 
 
