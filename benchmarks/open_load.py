@@ -110,8 +110,9 @@ def _run(
     if server.cluster() is not None:
         time.sleep(REPORTS_ARRIVE_S)
     readings = watcher.stop()
-    first, last = readings[0], readings[-1]
-    stages = zip(first.stages, last.stages, strict=False)
+    first, ended = readings[0], readings[min(num_seen, len(readings) - 1)]
+    reports = [reading.stages for reading in readings if reading.stages] or [()]
+    stages = zip(reports[0], reports[-1], strict=True)
     ttft, tpot = [each.ttft_s for each in answers], [each.tpot_s for each in answers]
     return Run(
         seed=seed,
@@ -123,7 +124,7 @@ def _run(
         tpot_p99_s=quantile(tpot, 0.99),
         longest_gap_s=max(each.longest_gap_s for each in answers),
         answers=digests(answers),
-        link_bytes={way: last.sent[way] - first.sent[way] for way in ways},
+        link_bytes={way: ended.sent[way] - first.sent[way] for way in ways},
         link_rates=dict(link_rates),
         compute_s=[after[0] - before[0] for before, after in stages],
         cpu_s=used,

@@ -1,5 +1,6 @@
 """Tables of runs."""
 
+import pytest
 from benchmarks.wan_results import Run
 from benchmarks.wan_results.tables import (
     DEFAULTS,
@@ -82,3 +83,16 @@ def test_files_of_several_invocations_are_put_together() -> None:
     assert [each["seed"] for each in whole["links"]["a"]["rates"]["2"][VLLM]] == [1, 2]
     assert list(whole["links"]["a"]["rates"]) == ["2", "20"]
     assert list(whole["links"]["b"]["rates"]["2"]) == [VLLM]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (file("a", "2", VLLM, 1), "runs of one seed"),
+        (file("a", "2", VLLM, 2) | {"workload": {"prompt_tokens": 8}}, "workload"),
+        (file("a", "2", VLLM, 2) | {"stages": 3}, "stages"),
+    ],
+)
+def test_runs_that_cannot_stand_side_by_side_are_refused(other: Figures, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        merged([file("a", "2", VLLM, 1), other])
