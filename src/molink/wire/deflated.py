@@ -13,8 +13,8 @@ MARK: Final = b"\xc1"
 MIN_BYTES: Final = 256  # of what is worth the 20 µs
 MAX_GROWTH: Final = 32
 """Times the size of what came: memory stays within a constant times it."""
-MAX_GROWN: Final = 1 << 26
-"""Bytes, whatever came."""
+MAX_GROWN: Final = 1 << 22
+"""Bytes, whatever came: as Python's objects, those are up to 70 times as many."""
 
 
 def shrink(encoded: bytes) -> bytes:
