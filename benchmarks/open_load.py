@@ -6,8 +6,9 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from statistics import median
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import httpx
 import uvloop
@@ -16,6 +17,7 @@ from wan_results import Reading, Run, occupancies
 from wan_servers import Staged
 from workload import Answer, Workload, complete, quantile
 
+Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 SETTLE_S = 2.0  # what was stopped catches up
@@ -59,11 +61,31 @@ class Watcher(threading.Thread):
         )
 
 
+def as_its_client(
+    function: Callable[Concatenate[Staged, Given], Result],
+) -> Callable[Concatenate[Staged, Given], Result]:
+    """Have a function of a server run on the host of its client, while the server runs."""
+
+    @wraps(function)
+    def run(server: Staged, *args: Given.args, **kwargs: Given.kwargs) -> Result:
+        if server.is_suspendable:
+            server.resume()
+            time.sleep(SETTLE_S)
+        try:
+            return server.site.call(server.hosts[0], lambda: function(server, *args, **kwargs))
+        finally:
+            server.suspend()
+
+    return run
+
+
+@as_its_client
 def warm_up(server: Staged, workload: Workload) -> None:
     """Have it answer requests that are not measured, all at once."""
-    _while_resumed(server, lambda: uvloop.run(ask_openly(server, workload, rate=100.0, seed=0)))
+    uvloop.run(ask_openly(server, workload, rate=100.0, seed=0))
 
 
+@as_its_client
 def measured_run(
     server: Staged,
     workload: Workload,
@@ -77,28 +99,6 @@ def measured_run(
     Args:
         link_rates: bits a second of each way, with the headers of IP.
     """
-    return _while_resumed(server, lambda: _run(server, workload, rate, seed, ways, link_rates))
-
-
-def _while_resumed(server: Staged, function: Callable[[], Result]) -> Result:
-    """Call it on the host of the server's client."""
-    if server.is_suspendable:
-        server.resume()
-        time.sleep(SETTLE_S)
-    try:
-        return server.site.call(server.hosts[0], function)
-    finally:
-        server.suspend()
-
-
-def _run(
-    server: Staged,
-    workload: Workload,
-    rate: float,
-    seed: int,
-    ways: Ways,
-    link_rates: Mapping[str, float],
-) -> Run:
     watcher = Watcher(server, ways)
     cpu, own, whole = server.cpu_seconds(), time.process_time(), busy_s()
     watcher.start()
