@@ -250,6 +250,24 @@ def test_a_prompt_of_one_token_is_taken_while_others_decode(make: Make) -> None:
     assert any("short" in step for step in engine.steps)
 
 
+def test_a_chunk_that_stands_before_decodes_takes_no_place_of_theirs(make: Make) -> None:
+    """Vllm hands out a step's tokens in the order of its list, until there are none left."""
+    engine = decoding(make, 2, 4)
+    cost = StepCost(0.001, 0.01)  # so dear that a chunk is small
+    stages = [StageCounters(decode=cost, prefill=cost, bytes_per_token=10.0)] * 2
+    engine.scheduler.take_path(PathMeasured(1, [HopFigures(1e9, 0.0)] * 2, stages))
+    engine.add("new", 400, max_tokens=1)
+    while not any(request.is_prefill_chunk for request in engine.scheduler.running):
+        engine.step()
+    engine.steps.clear()
+    for _ in range(6):
+        engine.scheduler.running.sort(key=lambda request: not request.is_prefill_chunk)
+        engine.step()
+    old = {f"request-{index}" for index in range(4)}
+    assert all(len(old & step.keys()) == 2 for step in engine.steps)
+    assert any(step.keys() - old for step in engine.steps)
+
+
 def test_a_long_prompt_is_cut_so_that_the_second_stage_begins_early(make: Make) -> None:
     engine = make(2)
     for index in range(8):
