@@ -40,7 +40,7 @@ TIGHT = "llama-3"  # so little KV memory that requests preempt one another
 TWO_STAGES = "llama-2"
 CASES = {
     TWO_STAGES: Case("llama", nodes=2, flags=("--scheduling-policy=priority",)),
-    TIGHT: Case("llama", layers=("0:2", "2:3", "3:-1"), flags=("--num-gpu-blocks-override=48",)),
+    TIGHT: Case("llama", layers=("0:2", "2:3", "3:-1"), flags=("--num-gpu-blocks-override=36",)),
     "qwen3-2": Case("qwen3", layers=("3:8", "0:3")),  # the head's stage is the last one
     "qwen3-3": Case("qwen3", nodes=3),
     "qwen3-4": Case("qwen3", nodes=4),
