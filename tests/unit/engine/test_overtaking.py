@@ -169,7 +169,7 @@ class Pipeline(Engine):
             return
         sequence = turn.message.sequence
         if index + 1 < len(self._stages):
-            source, empty = Address(NodeId(index), Port.STAGE), cast(bytearray, None)
+            source, empty = Address(NodeId(index), Port.STAGE), bytearray()
             passed = Message(Kind.ACTIVATIONS, source, 0, 0, sequence, empty)
             self._stages[index + 1].inputs.append(passed)
         else:
