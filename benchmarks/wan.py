@@ -42,7 +42,7 @@ from wan_servers import SERVERS, Here, Site, Staged, make_server
 from workload import Workload
 
 DEFAULT_PROFILES = ("wan-100m-15ms", "dsl-10m-15ms")
-DEFAULT_LOADS = ((2.0, 48), (20.0, 48))  # a second: moderate, and beyond what two cores compute
+DEFAULT_LOADS = ("2:48", "20:48")  # requests a second: moderate, and beyond what two cores compute
 WORKLOAD = Workload(num_requests=48, prompt_tokens=384, output_tokens=48)
 WARM_UP = Workload(num_requests=8, prompt_tokens=32, output_tokens=8)
 ADAPT = Workload(num_requests=6, prompt_tokens=384, output_tokens=24)  # to a link that has changed
@@ -201,9 +201,9 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--load",
         nargs="+",
         type=load_of,
-        default=list(DEFAULT_LOADS),
+        default=list(map(load_of, DEFAULT_LOADS)),
         metavar="RATE:REQUESTS",
-        help="requests a second, and how many (default: 2:48 20:48)",
+        help=f"requests a second, and how many (default: {' '.join(DEFAULT_LOADS)})",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of the first round's requests")

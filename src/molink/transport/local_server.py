@@ -7,6 +7,7 @@ from typing import cast
 from molink.core.errors import WireError
 from molink.core.ids import Port
 from molink.transport.local import SOCKET_BUFFER
+from molink.transport.rooms import Rooms
 from molink.wire.frames import HEADER_SIZE, FrameHeader
 
 FrameHandler = Callable[["LocalPeer", FrameHeader, bytes], Awaitable[None] | None]
@@ -31,7 +32,7 @@ class LocalPeer(asyncio.BufferedProtocol):
         self._buffer = bytearray(HEADER_SIZE)
         self._filled = 0
         self._is_full = False  # more waits to be written than SOCKET_BUFFER
-        self._rooms: list[asyncio.Future[None]] = []
+        self._rooms = Rooms()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -79,21 +80,14 @@ class LocalPeer(asyncio.BufferedProtocol):
         The transport keeps what the process has not taken yet.
         """
         self._transport.write(frame)
-        if not self._is_full:
-            return None
-        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._rooms.append(room)
-        return room
+        return self._rooms.wait() if self._is_full else None
 
     def pause_writing(self) -> None:
         self._is_full = True
 
     def resume_writing(self) -> None:
         self._is_full = False
-        for room in self._rooms:
-            if not room.done():
-                room.set_result(None)
-        self._rooms.clear()
+        self._rooms.release()
 
     def close(self) -> None:
         self._transport.close()

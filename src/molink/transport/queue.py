@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from molink.transport import pieces
+from molink.transport.rooms import Rooms
 from molink.wire.frames import MAX_PAYLOAD, Priority
 
 HIGH_WATER = 16 * 1024 * 1024  # bytes of one lane; a source that passes it is asked to wait
@@ -43,7 +44,7 @@ class _Lane:
         self.frames: deque[bytes] = deque()
         self.waiting_bytes = 0
         self.gone = 0  # bytes of the first frame
-        self.rooms: list[asyncio.Future[None]] = []
+        self.rooms = Rooms()
 
     def take(self, lane: Priority, size: int) -> tuple[bytes, int]:
         """The next message of about `size` bytes, and how many bytes of frames it holds."""
@@ -63,12 +64,6 @@ class _Lane:
             batch.append(self.frames.popleft())
             length += len(batch[-1])
         return batch[0] if len(batch) == 1 else b"".join(batch), length
-
-    def release(self) -> None:
-        for room in self.rooms:
-            if not room.done():
-                room.set_result(None)
-        self.rooms.clear()
 
 
 class FrameQueue:
@@ -113,9 +108,7 @@ class FrameQueue:
         self._filled()
         if lane.waiting_bytes <= self._high_water:
             return None
-        room: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        lane.rooms.append(room)
-        return room
+        return lane.rooms.wait()
 
     def take(self, size: int) -> bytes | None:
         """The link's next message (`transport.pieces`) of about `size` bytes; None: nothing waits.
@@ -131,7 +124,7 @@ class FrameQueue:
         self._turns.charge(priority, length)
         lane.waiting_bytes -= length
         if lane.rooms and lane.waiting_bytes <= self._high_water // 2:
-            lane.release()
+            lane.rooms.release()
         return message
 
     def close(self) -> None:
@@ -140,7 +133,7 @@ class FrameQueue:
         for lane in self._lanes.values():
             lane.frames.clear()
             lane.waiting_bytes = lane.gone = 0
-            lane.release()
+            lane.rooms.release()
 
     def check_conservation(self) -> None:
         """Assert that the bytes counted are the bytes held, and that nobody waits for nothing."""

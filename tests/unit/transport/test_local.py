@@ -208,12 +208,18 @@ async def test_sending_never_blocks_and_reading_pauses_while_the_agent_has_no_ro
     assert [header.sequence for header, _ in server.frames] == list(range(40))
 
 
-async def test_sending_to_a_process_that_does_not_read_asks_to_wait(
-    server: Server, process: LocalSocket
-) -> None:
+async def known(server: Server, process: LocalSocket) -> LocalPeer:
+    """The agent's end of a process's socket, once the process has said who it is."""
     process.send(Kind.CONTROL, AGENT, [b""])
     await server.has(1)
     (peer,) = server.peers
+    return peer
+
+
+async def test_sending_to_a_process_that_does_not_read_asks_to_wait(
+    server: Server, process: LocalSocket
+) -> None:
+    peer = await known(server, process)
     views = [memoryview(bytes(MAX_PAYLOAD))]
     (frame,) = (
         b"".join([header, *pieces])
@@ -238,9 +244,7 @@ async def test_sending_to_a_process_that_does_not_read_asks_to_wait(
 async def test_a_process_that_ends_lets_nobody_wait_for_room(
     server: Server, process: LocalSocket
 ) -> None:
-    process.send(Kind.CONTROL, AGENT, [b""])
-    await server.has(1)
-    (peer,) = server.peers
+    peer = await known(server, process)
     room = None
     for _ in range(64 * MIB // MAX_PAYLOAD):
         room = room or peer.send(bytes(MAX_PAYLOAD))
