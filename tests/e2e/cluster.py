@@ -29,6 +29,7 @@ from typing import Any, Self
 import httpx
 import openai
 import psutil
+import torch
 
 from molink.cluster.view import ClusterView, decode_view
 
@@ -56,6 +57,8 @@ ENVIRONMENT = {
     "NO_COLOR": "1",
 }
 FLAGS = ("--dtype=float32", "--enforce-eager")
+if torch.cuda.is_available():  # all engines share it, and none may take it for itself
+    FLAGS += ("--gpu-memory-utilization=0.05", f"--kv-cache-memory-bytes={1 << 30}")
 
 Request = dict[str, Any]
 """The body of a request, without the model."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from tests.e2e.cluster import Cluster
 from tests.e2e.models import FAMILIES, MAX_MODEL_LEN, make_model
 
@@ -85,6 +86,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 @pytest.fixture(scope="session")
 def pipeline(case: Case, models: dict[str, Path]) -> Iterator[Cluster]:
     """The cluster of the case; what a test does to it, the next must bear."""
+    if case.member_flags and torch.cuda.device_count() == 1:
+        pytest.skip("every rank needs a GPU of its own")
     with Cluster(
         models[case.family],
         case.nodes,
