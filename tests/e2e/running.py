@@ -10,6 +10,7 @@ from tests.e2e.cluster import Cluster, eventually
 from tests.factories import make_prompt
 
 LONG = {"max_tokens": 450, "ignore_eos": True, "temperature": 0.0}  # seconds of work
+LONG |= {"return_token_ids": True}
 
 
 class Running:
@@ -17,6 +18,7 @@ class Running:
 
     def __init__(self, cluster: Cluster, *, stream: bool) -> None:
         body = {"model": cluster.model, "prompt": make_prompt(20, seed=1), "stream": stream, **LONG}
+        self.is_stream = stream
         self.status: int | None = None
         self.headers = httpx.Headers()
         self.lines: list[str] = []
@@ -39,6 +41,12 @@ class Running:
     def wait(self, timeout_s: float) -> None:
         """Raises ClusterError if it does not end in time."""
         eventually(lambda: self.ended_at is not None, timeout_s, "a running request ends")
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those that have come."""
+        answers = self.events if self.is_stream else map(json.loads, self.lines)
+        return [token for answer in answers for token in answer["choices"][0]["token_ids"]]
 
     @property
     def events(self) -> list[dict[str, Any]]:

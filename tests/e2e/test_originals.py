@@ -214,15 +214,17 @@ def test_what_has_a_successor_is_said(servers: Servers) -> None:
     assert says == (servers.version == "v0")
 
 
-def test_503_while_a_stage_is_lost(servers: Servers) -> None:
+def test_a_request_waits_for_a_lost_stage(servers: Servers) -> None:
     servers.second.kill_stage()
-    url = f"http://127.0.0.1:{servers.ports[1]}/generate"
+    url = f"http://127.0.0.1:{servers.ports[1]}"
 
-    def refuses() -> bool:
-        answer = httpx.post(url, json={"prompt": "x"}, trust_env=False, timeout=30)
+    def is_down() -> bool:
+        answer = httpx.get(f"{url}/health", trust_env=False, timeout=30)
         return answer.status_code == 503 and "retry-after" in answer.headers
 
-    eventually(refuses, 10, "/generate answers 503")
+    eventually(is_down, 10, "/health answers 503")
+    answer = httpx.post(f"{url}/generate", json={"prompt": "x"}, trust_env=False, timeout=60)
+    assert answer.status_code == 200
 
 
 def test_503_at_the_second_port_when_the_first_server_has_gone(servers: Servers) -> None:

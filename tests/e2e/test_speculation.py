@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from tests.e2e.cluster import Cluster, Request, tokens
+from tests.e2e.cluster import Cluster, Request, eventually, tokens
 from tests.e2e.conftest import BUNDLED, COMMON, WHOLE
 from tests.factories import make_completion, make_prompt, make_prompts
 
@@ -79,6 +80,19 @@ def test_features(extra: dict[str, Any], speculating: Cluster, plain: Cluster) -
     body = {"max_tokens": 60, "ignore_eos": True, **extra}
     requests = [make_completion(prompt, **body) for prompt in prompts]
     assert_equal(requests, speculating, plain)
+
+
+def test_a_stage_that_is_lost_meanwhile(speculating: Cluster, plain: Cluster) -> None:
+    lengths = enumerate([5, 20, 40, 60, 80, 100])
+    prompts = [repeating(length, seed) for seed, length in lengths]
+    requests = [make_completion(prompt, max_tokens=120, ignore_eos=True) for prompt in prompts]
+    expected = tokens(plain.ask(requests))
+    before = accepted(speculating)
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        asked = threads.submit(speculating.ask, requests)
+        eventually(lambda: accepted(speculating) > before + 20, 30, "drafts are accepted")
+        speculating.members[0].kill_stage()
+        assert tokens(asked.result()) == expected
 
 
 def test_seeds_beside_drafts(speculating: Cluster, plain: Cluster) -> None:

@@ -65,6 +65,8 @@ from molink.wire.to_engine import Pacing
 from molink.wire.to_stage import WireFormat
 
 TOKEN_LIFETIME_S = 24 * 3600
+MAX_OUTAGE_S = 300.0  # a node that restarts and loads its layers again needs a part of it
+LONGEST_OUTAGE_S = 7 * 24 * 3600.0
 DEFAULT_LISTEN = "0.0.0.0:7171"
 
 
@@ -112,6 +114,14 @@ def serve(
         float | None,
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
     ] = None,
+    max_outage: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            show_default=f"{MAX_OUTAGE_S:.0f}",
+            help="How long requests wait for a lost stage to be replaced, before they fail.",
+        ),
+    ] = None,
 ) -> None:
     """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
 
@@ -129,13 +139,14 @@ def serve(
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
-            _check_alone({"--relay-limit": relay_limit})
+            _check_alone({"--relay-limit": relay_limit, "--max-outage": max_outage})
             _check_alone(changed_wire(wire) | changed_pacing(pacing))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
         check_flags(flags)
         check_drafts(pacing, flags)
+        _check_outage(max_outage)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
             LayerRange.parse(layers, facts.num_layers)
@@ -145,7 +156,15 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(model, host, port, _engine_flags(model, flags, facts), wire, pacing),
+                EngineSettings(
+                    model,
+                    host,
+                    port,
+                    _engine_flags(model, flags, facts),
+                    wire,
+                    pacing,
+                    MAX_OUTAGE_S if max_outage is None else max_outage,
+                ),
                 replace(
                     _settings(model, host, port, listen, advertise, layers, name, flags),
                     relay_bytes_per_s=relay_limit and relay_limit * 125_000,
@@ -156,6 +175,11 @@ def serve(
         )
     except MolinkError as error:
         fail(error)
+
+
+def _check_outage(seconds: float | None) -> None:
+    if seconds is not None and not 0 <= seconds <= LONGEST_OUTAGE_S:
+        raise UsageError(f"--max-outage {seconds:g}: expected seconds, 0 to {LONGEST_OUTAGE_S:.0f}")
 
 
 def _say_surroundings(host: str, port: int, stage: StageSettings) -> None:

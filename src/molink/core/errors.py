@@ -10,6 +10,7 @@ MolinkError
 ├── LinkError         another machine cannot be reached, or went away
 ├── HubError          the hub failed; a later start may find it well
 ├── StageError        a stage failed; carries what it said
+│   └── PipelineDownError  a stage is lost, and with it what was under way
 └── ProcessError      a process of this machine ended, or cannot be started
 """
 
@@ -56,6 +57,10 @@ class StageError(MolinkError):
     def __init__(self, text: str, node: int | None = None) -> None:
         super().__init__(text)
         self.node = node
+
+
+class PipelineDownError(StageError):
+    """A stage of the pipeline is lost: what was under way gets no answer."""
 
 
 class ProcessError(MolinkError):

@@ -6,7 +6,7 @@ stand where they are read with the rest.
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from molink.core.plan import LayerRange
 from molink.engine.environment import FLAGS_VARIABLE
 from molink.engine.group import StageGroup
 from molink.engine.loop import Outputs, StepLoop
+from molink.engine.replay import Restored
 
 Tokens = npt.NDArray[np.int32]
 
@@ -249,6 +250,49 @@ def forget_requests(worker: Any) -> None:
     with torch.inference_mode():
         worker.model_runner.execute_model(output)
     worker.model_runner.reset_encoder_cache()
+
+
+def restore_requests(worker: Any, requests: Sequence[Restored]) -> None:
+    """Give the runner the state of requests in mid-generation, as a step that resumes them expects.
+
+    It makes the state of new requests in a step without tokens; then come the tokens they have.
+    Breaks if the state holds more that depends on what was sampled.
+    """
+    runner = worker.model_runner
+    output = SchedulerOutput.make_empty()
+    output.scheduled_new_reqs = [request for request, _ in requests]
+    output.num_scheduled_tokens = {request.req_id: 1 for request, _ in requests}  # rows are sorted
+    with torch.inference_mode():
+        runner.execute_model(output)
+    for request, tokens in requests:
+        state = runner.requests[request.req_id]
+        state.output_token_ids.extend(tokens)
+        runner.num_prompt_logprobs.pop(request.req_id, None)  # they came with the first token
+        if state.generator is not None and parallel_state.get_pp_group().is_last_rank:
+            _skip_draws(runner, state.generator, len(tokens))
+
+
+def _skip_draws(runner: Any, generator: torch.Generator, number: int) -> None:
+    """Turn a request's generator to where it is after it has sampled so many tokens.
+
+    A token takes one number where a fused kernel samples, otherwise one for each entry of the
+    vocabulary, which moves a GPU's generator by a fixed offset. Breaks if `TopKTopPSampler` draws
+    otherwise.
+    """
+    sampler, device = runner.sampler.topk_topp_sampler, generator.device
+    is_fused = sampler.forward == sampler.forward_cpu and not sampler.use_fp64_gumbel
+    dtype = torch.float64 if sampler.use_fp64_gumbel else torch.float32
+    noise = torch.empty(runner.input_batch.vocab_size, dtype=dtype, device=device)
+    if device.type == "cuda":
+        before = generator.get_offset()
+        noise.exponential_(generator=generator)
+        generator.set_offset(before + number * (generator.get_offset() - before))
+        return
+    for _ in range(number):
+        if is_fused:
+            torch.randint(0, 2**31, (1,), generator=generator)
+        else:
+            noise.exponential_(generator=generator)
 
 
 def ngram_search(config: VllmConfig) -> Callable[[Tokens], list[int]]:

@@ -88,6 +88,11 @@ class Drafter:
                 cached.new_token_ids[index] = [*missing, *new_tokens]
             history.num_known = max(history.num_known, computed + len(new_tokens))
 
+    def restored(self, requests: Iterable[Request]) -> None:
+        """Stages that had lost these requests get all their tokens with the step being made."""
+        for request in requests:
+            self._histories[request.request_id].num_known = request.num_tokens
+
     def sampled(self, requests: Iterable[Request]) -> DraftTokenIds:
         """Judge the latest drafts of requests by the tokens that have come, and draft again."""
         ids, drafts = [], []

@@ -8,6 +8,7 @@ PARENT_VARIABLE = "MOLINK_PARENT"  # process id of who starts a process of ours
 SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
 FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
 PACING_VARIABLE = "MOLINK_PACING"  # JSON: how the pipeline is filled
+OUTAGE_VARIABLE = "MOLINK_MAX_OUTAGE"  # seconds that requests wait for a lost stage
 WIRE_VARIABLE = "MOLINK_WIRE"  # JSON: how stages write their activations
 
 _PR_SET_PDEATHSIG = 1

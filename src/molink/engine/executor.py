@@ -20,12 +20,17 @@ from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from molink.core.errors import MolinkError, StageError, UsageError
+from molink.core.errors import MolinkError, PipelineDownError, StageError, UsageError
 from molink.core.ids import NodeId
 from molink.engine import compat
 from molink.engine.adapters import NoAdapterError, adapter_digest, dropped
 from molink.engine.config import resolve
-from molink.engine.environment import SOCKET_VARIABLE, WIRE_VARIABLE, die_with_parent
+from molink.engine.environment import (
+    OUTAGE_VARIABLE,
+    SOCKET_VARIABLE,
+    WIRE_VARIABLE,
+    die_with_parent,
+)
 from molink.engine.footprint import traits_of
 from molink.engine.grammar import pack_grammar
 from molink.engine.inbox import Step
@@ -71,6 +76,8 @@ class PipelineExecutor(Executor):
         self.pace: PaceDecision | None = None  # of the scheduler, for the report
         self._adapters: dict[int, _Adapter] = {}  # by id
         self._is_started = False  # all start-up calls were made and answered
+        self._max_outage_s = float(os.environ.get(OUTAGE_VARIABLE, "0"))
+        self.mended: Callable[[], None] = lambda: None  # called when steps may be taken again
         self._step: tuple[int, int, Future[Any], bool] | None = None
         self._in_flight = StepsInFlight()
         self._answers: dict[int, Future[Any]] = {}  # of those steps
@@ -128,6 +135,16 @@ class PipelineExecutor(Executor):
         """What stages and links cost, as last heard."""
         return self._session.path
 
+    @property
+    def is_down(self) -> bool:
+        """Whether steps are not taken: a stage is lost and not replaced yet."""
+        return self._session.down is not None
+
+    @property
+    def patience_s(self) -> float:
+        """How long requests still wait for the pipeline to come back."""
+        return max(0.0, self._max_outage_s - self._session.outage_s)
+
     def execute_model(self, scheduler_output: SchedulerOutput, non_block: bool = False) -> Any:
         epoch, down = self._session.pipeline.epoch, self._session.down
         if down is not None:
@@ -165,10 +182,12 @@ class PipelineExecutor(Executor):
             self._in_flight.finish(earlier)
         is_answered = future is not None
         after = self._in_flight.start(sequence, traits.footprint, is_answered=is_answered)
-        step = self._codec.encode(tuple(Step(sample_now, traits.is_prefill, after, output)))
+        restored = [tuple(request) for request in traits.restored]
+        step = Step(sample_now, traits.is_prefill, after, output, restored)
         if future is not None:
             self._answers[sequence] = future
-        self._session.start_step(epoch, sequence, step, future and _LostOnFailure(future))
+        payload = self._codec.encode(tuple(step))
+        self._session.start_step(epoch, sequence, payload, future and _LostOnFailure(future))
         return sequence
 
     # Calls
@@ -264,7 +283,7 @@ class PipelineExecutor(Executor):
         """None: the scheduler drafts (`engine.drafter`); the engine asks after every step."""
 
     def check_health(self) -> None:
-        """The engine stays up while its pipeline is down; requests are refused meanwhile."""
+        """The engine stays up while its pipeline is down; requests wait meanwhile."""
 
     def shutdown(self) -> None:
         self._session.close()
@@ -295,6 +314,7 @@ class PipelineExecutor(Executor):
             self._session.mended(epoch, f"{type(error).__name__}: {error}")
         else:
             self._session.mended(epoch, None)
+            self.mended()
         if epoch == self._session.pipeline.epoch:
             self._session.report(failed, self.pace)
 
@@ -331,7 +351,9 @@ class _LostOnFailure(Future[Any]):
         if isinstance(result, ModelRunnerOutput):
             self._target.set_result(result)
         else:
-            self._target.set_result(LostStep.because(f"a stage answered {type(result).__name__}"))
+            said = f"a stage answered {type(result).__name__}"
+            self._target.set_result(LostStep.because(said, is_broken=True))
 
     def set_exception(self, exception: BaseException | None) -> None:
-        self._target.set_result(LostStep.because(str(exception)))
+        is_broken = not isinstance(exception, PipelineDownError)
+        self._target.set_result(LostStep.because(str(exception), is_broken=is_broken))

@@ -1,6 +1,6 @@
 """What a step of vLLM's scheduler touches; see `planning.order`."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
+from molink.engine.replay import Restored
 from molink.planning.order import Footprint
 
 _BY_POSITION = (FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
@@ -27,10 +28,11 @@ class StepTraits(NamedTuple):
 
     is_prefill: bool  # some request computes more than its next token
     footprint: Footprint
+    restored: Sequence[Restored] = ()  # requests that the stages have lost, as they need them
 
 
 def traits_of(output: Any) -> StepTraits:
-    """Those that the scheduler has put beside the output's fields; they cross no wire."""
+    """Those that the scheduler has put beside the output's fields."""
     traits: StepTraits = output.traits
     return traits
 

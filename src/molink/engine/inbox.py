@@ -31,6 +31,7 @@ class Step(NamedTuple):
     is_prefill: bool
     after: list[int]  # numbers of the steps in flight that must have run here
     output: Any  # vLLM's SchedulerOutput
+    restored: list[Any]  # requests that no stage knows any more: `engine.replay.Restored`
 
 
 class Turn(NamedTuple):

@@ -4,6 +4,7 @@ vLLM's own loop waits for the oldest step, and new requests wait with it. This o
 result is there, and starts a step whenever one can be made.
 """
 
+import queue
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -31,6 +32,7 @@ class StepLoop:
 
     def __init__(self, core: Any) -> None:
         self._core = core
+        core.model_executor.mended = self._wake
         self._in_flight = 0  # steps started whose results have not been taken
         self._done: deque[_Done] = deque()
 
@@ -41,12 +43,16 @@ class StepLoop:
     def turn(self) -> tuple[Outputs, bool]:
         """Take one result, or start one step, or wait for something to happen.
 
+        While the pipeline is down, requests come and go, and none is computed.
+
         Returns:
             Outputs by client, and whether to come back at once.
         """
         core = self._core
         if self._done:
             return self._take(self._done.popleft()), True
+        if core.model_executor.is_down and core.scheduler.has_unfinished_requests():
+            return self._wait_for_repair(), True
         if core.scheduler.has_requests() and self._start():
             return None, True
         if self._in_flight:
@@ -75,7 +81,24 @@ class StepLoop:
 
     def _finished(self, done: _Done) -> None:
         self._done.append(done)
+        self._wake()
+
+    def _wake(self) -> None:
         self._core.input_queue.put_nowait((EngineCoreRequestType.WAKEUP, None))
+
+    def _wait_for_repair(self) -> dict[int, EngineCoreOutputs]:
+        """Handle the next message; end all requests once they have waited for too long."""
+        core = self._core
+        ended: dict[int, EngineCoreOutputs] = core.scheduler.take_ended()
+        if ended:
+            return ended
+        try:
+            request = core.input_queue.get(timeout=core.model_executor.patience_s)
+            core._handle_client_request(*request)
+        except queue.Empty:
+            core.scheduler.give_up()
+        ended = core.scheduler.take_ended()
+        return ended
 
     def _take(self, done: _Done) -> dict[int, EngineCoreOutputs]:
         core, output = self._core, done.output

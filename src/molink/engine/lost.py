@@ -6,14 +6,18 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 
 class LostStep(ModelRunnerOutput):
-    """Stands in for the output of a step whose pipeline went down; `reason` says why."""
+    """Stands in for the output of a step; `reason` says why there is none.
+
+    `is_broken`: the pipeline stands, yet what came is no output. The step would fail again.
+    """
 
     reason: str = ""
+    is_broken: bool = False
 
     @classmethod
-    def because(cls, reason: str) -> Self:
+    def because(cls, reason: str, *, is_broken: bool = False) -> Self:
         lost = cls(req_ids=[], req_id_to_index={})
-        lost.reason = reason
+        lost.reason, lost.is_broken = reason, is_broken
         return lost
 
 

@@ -1,6 +1,7 @@
 """PipelineScheduler: vLLM's scheduler, for a pipeline whose stages may be lost."""
 
 import os
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -17,23 +18,24 @@ from molink.engine.drafter import Drafter
 from molink.engine.environment import PACING_VARIABLE
 from molink.engine.footprint import StepTraits, footprint_of
 from molink.engine.lost import LostStep, losses
+from molink.engine.replay import Replay
 from molink.engine.types import build_codec
 from molink.planning.pace import Load, Pace, Share
 from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import Pacing, PathMeasured
 
 WIDTH_GAIN = 0.05  # what one step counts in the mean width of decodes
-UNKNOWN = -1  # losses: what the stages hold fits no count
 
 
 class PipelineScheduler(Scheduler):
-    """Cuts work so that all stages have some; ends requests whose pipeline is lost."""
+    """Cuts work so that all stages have some; begins requests anew whose pipeline was lost."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._codec = build_codec()
-        self._refused: list[Request] = []
-        self._losses = losses.count  # those that the prefix cache knows of
+        self._ended: list[Request] = []  # by us, and not told yet
+        self._losses = losses.count  # those after which all began anew
+        self._replay = Replay()
         self.max_num_scheduled_tokens: int  # vLLM's; here of the next step
         self._max_tokens = self.max_num_scheduled_tokens
         wanted = Pacing.from_json(os.environ.get(PACING_VARIABLE, "{}"))
@@ -54,7 +56,7 @@ class PipelineScheduler(Scheduler):
         """
         super().add_request(request)
         if not self._can_cross(request) or self._adapter_of(request) in dropped:
-            self._refused += self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            self._end([request.request_id])
 
     def _can_cross(self, request: Request) -> bool:
         try:
@@ -79,7 +81,9 @@ class PipelineScheduler(Scheduler):
         return self._pace.decision
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._forget_lost_caches()
+        if self._losses != losses.count:
+            self._begin_anew()
+        self._end_those_without_adapter()
         self._limit_adapters()
         decodes = [r for r in self._ready() if not r.is_prefill_chunk]
         load = self._load(len(decodes))
@@ -93,9 +97,10 @@ class PipelineScheduler(Scheduler):
         self.running.sort(key=lambda r: r.is_prefill_chunk)  # no chunk takes a decode's share
         with compat.unpadded(self):
             output = super().schedule(throttle_prefills or is_decode_only)
-        if self._drafter is not None:
-            self._drafter.scheduled(output, self.requests)
         output.traits = self._traits(output)
+        if self._drafter is not None:
+            self._drafter.restored(self.requests[r.request.req_id] for r in output.traits.restored)
+            self._drafter.scheduled(output, self.requests)
         self._count(output, 1)
         return output
 
@@ -136,16 +141,47 @@ class PipelineScheduler(Scheduler):
         return StepTraits(
             is_prefill=any(_left_before(r, output) > 1 for r in requests),
             footprint=footprint_of(output, requests, self.kv_cache_manager),
+            restored=list(self._replay.restored(output, self.requests)),
         )
 
-    def _forget_lost_caches(self) -> None:
-        """Empty the caches of a pipeline that was lost, or lost a step.
+    def _begin_anew(self) -> None:
+        """Empty the caches of a pipeline that was lost; what ran is computed again from its tokens.
 
-        While requests run this waits: their own lost steps will end them.
+        What lies outside the caches of the engine ends: sessions that hold blocks while they wait
+        for input, and scores that need what the last stage has kept of a query.
         """
-        if self._losses != losses.count and not self.running and self.reset_prefix_cache():
-            self.reset_encoder_cache()
-            self._losses = losses.count
+        self._losses = losses.count
+        self._end(r.request_id for r in self.requests.values() if self._cannot_begin_anew(r))
+        self.reset_prefix_cache(reset_running_requests=True)
+        self.reset_encoder_cache()
+        self._replay.forget(self.requests)
+
+    def _cannot_begin_anew(self, request: Request) -> bool:
+        if request.pooling_params and request.pooling_params.late_interaction_params:
+            return True
+        is_running = request.status == RequestStatus.RUNNING
+        is_idle = request.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+        return is_idle or (not is_running and self._holds_kv_blocks(request))
+
+    def _end(self, request_ids: Iterable[str] | None) -> None:
+        """End requests with an error; None: all of them."""
+        self._ended += self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+
+    def give_up(self) -> None:
+        """End all requests: their pipeline does not come back."""
+        self._end(None)
+
+    def take_ended(self) -> dict[int, EngineCoreOutputs]:
+        """What tells the clients of requests that were ended here, by client."""
+        outputs: dict[int, EngineCoreOutputs] = {}
+        self._tell_ended(outputs)
+        return outputs
+
+    def _tell_ended(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        ended, self._ended = self._ended, []
+        for request in ended:
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(_error_output(request))
 
     def _ready(self) -> list[Request]:
         """Running requests with something to compute; first those held back last time."""
@@ -160,6 +196,13 @@ class PipelineScheduler(Scheduler):
     def _hold_back(self, request: Request) -> None:
         """Leave a request out of this step, not of the next."""
         request.next_decode_eligible_step = self.current_step + 2
+
+    def _end_those_without_adapter(self) -> None:
+        """End requests for adapters that a replaced stage could not read any more."""
+        if dropped:
+            self._end(
+                r.request_id for r in self.requests.values() if self._adapter_of(r) in dropped
+            )
 
     def _limit_adapters(self) -> None:
         """Hold back requests that need more adapters than one step may have.
@@ -198,12 +241,13 @@ class PipelineScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        ended, self._refused = self._refused, []
         self._count(scheduler_output, -1)
         if isinstance(model_runner_output, LostStep):
-            ended += self.finish_requests(None, RequestStatus.FINISHED_ERROR)
-            self._losses = UNKNOWN
-            scheduler_output = SchedulerOutput.make_empty()
+            if model_runner_output.is_broken:
+                self.give_up()
+            lost = scheduler_output.num_scheduled_tokens
+            self._end(self._replay.hopeless(lost, self.requests, losses.count))
+            self._begin_anew()
             model_runner_output = EMPTY_MODEL_RUNNER_OUTPUT
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(
             scheduler_output, model_runner_output
@@ -211,9 +255,7 @@ class PipelineScheduler(Scheduler):
         if self._drafter is not None:
             drafts = self._drafter.sampled(self._decoding_in(scheduler_output))
             self.update_draft_token_ids(drafts)
-        for request in ended:
-            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            of_client.outputs.append(_error_output(request))
+        self._tell_ended(outputs)
         return outputs
 
     def _decoding_in(self, output: SchedulerOutput) -> list[Request]:

@@ -8,12 +8,19 @@ what it asked for.
 import itertools
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from molink.core.errors import MolinkError, StageError, UsageError, WireError
+from molink.core.errors import (
+    MolinkError,
+    PipelineDownError,
+    StageError,
+    UsageError,
+    WireError,
+)
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.engine.lost import losses
 from molink.transport.local import LocalSocket
@@ -55,6 +62,7 @@ class EngineSession:
         self._lock = threading.Lock()  # of what follows
         self._lost: str | None = None  # why calls are not answered either
         self.down: str | None = None  # why steps are not taken
+        self._down_at = 0.0  # since when, by the monotonic clock
         self.path: PathMeasured | None = None  # the latest
         self._assigned: Future[PipelineAssigned] = Future()
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
@@ -70,7 +78,7 @@ class EngineSession:
     ) -> None:
         """Send one step to every stage; `future` gets the last stage's output. None: no answer.
 
-        It fails with StageError if the pipeline of `epoch` is not there any more.
+        It fails with PipelineDownError if the pipeline of `epoch` is not there any more.
         """
         with self._lock:
             trouble = self.down if epoch == self.pipeline.epoch else "another pipeline serves now"
@@ -80,7 +88,7 @@ class EngineSession:
         if trouble is None:
             self._send(Kind.STEP, EVERY_STAGE, payload, sequence, epoch)
         elif future is not None:
-            future.set_exception(StageError(trouble))
+            future.set_exception(PipelineDownError(trouble))
 
     def sample(self, epoch: int, sequence: int, payload: bytes) -> None:
         """Send the grammar of a step that waits for it."""
@@ -104,7 +112,7 @@ class EngineSession:
             self._send(Kind.CALL, node, payload, sequence, pipeline.epoch)
         else:
             for future in futures:
-                future.set_exception(StageError(lost))
+                future.set_exception(PipelineDownError(lost))
         return futures
 
     def _send(self, kind: Kind, node: NodeId, payload: bytes, sequence: int, epoch: int) -> None:
@@ -183,11 +191,19 @@ class EngineSession:
 
     def _fail_all(self, reason: str) -> None:
         with self._lock:
+            if self.down is None:
+                self._down_at = time.monotonic()
             self._lost = self.down = reason
             losses.count += 1
             waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
-            future.set_exception(StageError(reason))
+            future.set_exception(PipelineDownError(reason))
+
+    @property
+    def outage_s(self) -> float:
+        """How long steps have not been taken."""
+        with self._lock:
+            return 0.0 if self.down is None else time.monotonic() - self._down_at
 
     def report(self, failed: int | None = None, pace: to_agent.PaceDecision | None = None) -> None:
         """Tell the agent whether the engine serves, and how many steps are in flight.

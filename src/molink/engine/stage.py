@@ -85,7 +85,7 @@ class StageLoop:
         worker, timer, message = self._worker, self._timer, turn.message
         if worker is None or timer is None:  # of a pipeline lost before this stage was in one
             return
-        sample_now, is_prefill, _, output = turn.content
+        sample_now, is_prefill, _, output, restored = turn.content
         num_tokens = output.total_num_scheduled_tokens
         has_tokens = num_tokens > 0
         priority = Priority.PREFILL if is_prefill else Priority.DECODE
@@ -95,6 +95,7 @@ class StageLoop:
             turn.activations and worker.unpack(turn.activations.payload),
         )
         timer.start()
+        worker.restore(restored)
         result = worker.execute_model(output)
         if has_tokens and worker.group.is_last_rank:
             if result is None:

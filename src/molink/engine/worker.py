@@ -1,7 +1,7 @@
 """One rank of one stage: vLLM's own worker, with a pipeline group of ours."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from molink.engine.environment import set_partition
 from molink.engine.group import StageGroup
 from molink.engine.hop_format import HopFormat, check_device
 from molink.engine.objections import in_one_line
+from molink.engine.replay import Restored
 from molink.engine.residual import uses_only_the_sum
 from molink.engine.senders import sender_for
 from molink.engine.types import dtype_name
@@ -188,6 +189,12 @@ class StageWorker:
         """Finish the step; on the last stage, its output."""
         with compat.unsampled_generators(self._worker.worker, output):
             return self._worker.sample_tokens(grammar)
+
+    def restore(self, requests: Sequence[Restored]) -> None:
+        """Know requests as if all their tokens had been computed and sampled here."""
+        if requests:
+            compat.empty_batch(self._worker.worker)
+            compat.restore_requests(self._worker.worker, requests)
 
     def forget_requests(self) -> None:
         """Clear the state of all requests."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from molink.engine.environment import (
     FLAGS_VARIABLE,
+    OUTAGE_VARIABLE,
     PACING_VARIABLE,
     PARENT_VARIABLE,
     SOCKET_VARIABLE,
@@ -36,7 +37,8 @@ def main() -> None:
     export(FLAGS_VARIABLE, json.dumps(engine_flags))
     export(WIRE_VARIABLE, options.wire)
     export(PACING_VARIABLE, options.pacing)
-    client = AgentClient(options.socket)
+    export(OUTAGE_VARIABLE, str(options.max_outage))
+    client = AgentClient(options.socket, options.max_outage)
     pipeline = client.wait_for_pipeline()
     uvloop.run(serve(arguments, pipeline.stages, lambda app: customise(app, client)))
 
@@ -51,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--flags", required=True, help="JSON list of the user's vLLM flags")
     parser.add_argument("--wire", required=True, help="JSON of a WireFormat")
     parser.add_argument("--pacing", required=True, help="JSON of a Pacing")
+    parser.add_argument("--max-outage", type=float, required=True, help="seconds")
     return parser
 
 

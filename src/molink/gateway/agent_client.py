@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -19,15 +20,21 @@ AGENT = Address(HEAD, Port.AGENT)
 
 
 class AgentClient:
-    """Keeps the latest view the agent sent. Ends the process when the agent is gone."""
+    """Keeps the latest view the agent sent. Ends the process when the agent is gone.
 
-    def __init__(self, socket_path: Path) -> None:
+    Args:
+        max_outage_s: how long requests wait for a lost stage.
+    """
+
+    def __init__(self, socket_path: Path, max_outage_s: float) -> None:
+        self._max_outage_s = max_outage_s
+        self._down_at = 0.0  # by the monotonic clock
+        self._has_served = False
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.GATEWAY))
         self._assigned: Future[PipelineAssigned] = Future()
         self._epoch = 0
         self.view_json = b"{}"
         self.view: ClusterView | None = None
-        self.losses = 0  # how often the pipeline went down
         self.down: str | None = None
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
         threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
@@ -35,6 +42,11 @@ class AgentClient:
     def wait_for_pipeline(self) -> PipelineAssigned:
         """Blocks until the nodes are there."""
         return self._assigned.result()
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether a request may wait for the pipeline, which is down, to come back."""
+        return self._has_served and time.monotonic() - self._down_at < self._max_outage_s
 
     def report_serving(self) -> None:
         """Tell the agent that the HTTP server answers."""
@@ -61,10 +73,12 @@ class AgentClient:
                 if not self._assigned.done():
                     self._assigned.set_result(pipeline)
             case PipelineDown(reason=reason):
-                self.losses += 1
+                if self.down is None:
+                    self._down_at = time.monotonic()
                 self.down = reason
             case to_engine.ClusterView(view=view):
                 self.view_json = view
                 self.view = decode_view(view)
                 if self.view.serving:
                     self.down = None
+                    self._has_served = True

@@ -1,4 +1,7 @@
-"""What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, 503 while it is down."""
+"""What MoLink adds to vLLM's HTTP application: `/cluster`, metrics, and who waits while it is down.
+
+While a lost stage is replaced, requests are taken and wait.
+"""
 
 import asyncio
 import contextlib
@@ -30,6 +33,7 @@ NOTICE_S = 0.1  # the engine may fail a request before the agent's notice of the
 
 ALWAYS_ANSWERED = ("/metrics", "/version", "/ping")
 LOAD_ADAPTER_PATH = "/v1/load_lora_adapter"
+NEVER_WAIT = ("/health", LOAD_ADAPTER_PATH, "/v1/unload_lora_adapter")
 UNAVAILABLE = "ServiceUnavailableError"
 _INTERNAL_ERROR = re.compile(
     rb'^((?:data: )?\{"error": ?)\{"message": ?"Internal server error"[^}]*\}', re.MULTILINE
@@ -47,7 +51,7 @@ def customise(app: Any, client: AgentClient) -> None:
 
 
 class PipelineMiddleware:
-    """ASGI: serves `/cluster`; 503 while the pipeline is down, and for what its loss broke."""
+    """ASGI: serves `/cluster`; 503 for what cannot wait for a lost pipeline, or got lost."""
 
     def __init__(self, app: Application, client: AgentClient) -> None:
         self._app = app
@@ -60,12 +64,17 @@ class PipelineMiddleware:
             await self._app(scope, receive, send)
         elif scope["path"] == "/cluster":
             await respond(send, 200, self._client.view_json)
-        elif self._client.down is not None and scope["path"] not in ALWAYS_ANSWERED:
+        elif self._client.down is not None and not self._may_wait(scope["path"]):
             await self._refuse(send)
         else:
             if is_post(scope, LOAD_ADAPTER_PATH):
                 receive, send = with_body(receive, send, partial(_refuse_in_place, send=send))
             await self._pass(scope, receive, send)
+
+    def _may_wait(self, path: str) -> bool:
+        if path in ALWAYS_ANSWERED:
+            return True
+        return self._client.may_wait and path not in NEVER_WAIT
 
     def _reporting(self, send: Send) -> Send:
         async def forward(message: Message) -> None:
@@ -80,19 +89,18 @@ class PipelineMiddleware:
 
         In a stream, whose status is sent already, the error says the same.
         """
-        losses = self._client.losses
         replaced = False
 
         async def forward(message: Message) -> None:
             nonlocal replaced
             if message["type"] == "http.response.start" and message["status"] == 500:
                 await asyncio.sleep(NOTICE_S)
-                replaced = self._client.losses > losses
+                replaced = self._client.down is not None
                 if replaced:
                     await self._refuse(send)
             elif _INTERNAL_ERROR.search(message.get("body", b"")):
                 await asyncio.sleep(NOTICE_S)
-                if self._client.losses > losses:
+                if self._client.down is not None:
                     message = {**message, "body": self._explained(message["body"])}
             if not replaced:
                 await send(message)
@@ -106,8 +114,7 @@ class PipelineMiddleware:
 
     @property
     def _reason(self) -> str:
-        reason = self._client.down or "a stage was lost; the request can be sent again"
-        return f"the pipeline is down: {reason}"
+        return f"the pipeline is down: {self._client.down}"
 
     async def _refuse(self, send: Send) -> None:
         retry = [(b"retry-after", str(RETRY_AFTER_S).encode())]

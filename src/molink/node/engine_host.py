@@ -24,6 +24,7 @@ class EngineSettings:
     vllm_flags: tuple[str, ...]  # as typed, engine's and server's
     wire: WireFormat
     pacing: Pacing
+    max_outage_s: float  # that requests wait for a lost stage
 
 
 class EngineHost:
@@ -61,6 +62,7 @@ class EngineHost:
                 f"--flags={json.dumps(settings.vllm_flags)}",
                 f"--wire={settings.wire.to_json()}",
                 f"--pacing={settings.pacing.to_json()}",
+                f"--max-outage={settings.max_outage_s}",
             ],
             log=self._log,
             exited=self._exited,

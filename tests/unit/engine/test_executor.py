@@ -329,7 +329,7 @@ def test_a_step_goes_once_to_every_stage_and_its_output_is_the_last_ones(head: H
     expected = step_of("a", "b")
     expected.scheduled_cached_reqs.all_token_ids = {}
     assert (step.kind, step.node, step.epoch) == (Kind.STEP, EVERY_STAGE, 1)
-    assert step.content == (True, False, [], expected)
+    assert step.content == (True, False, [], expected, [])
     assert not future.done()
     head.agent.finish(step, answer_of("a", "b"))
     assert future.result(0) == answer_of("a", "b")
@@ -379,7 +379,9 @@ def test_an_answer_that_cannot_be_read_is_a_lost_step(head: Head) -> None:
     future = run(head, step_of("a"))
     [step] = head.agent.sent
     head.agent.answer_step(step, b"\xc1")
-    assert isinstance(future.result(0), LostStep)
+    lost = future.result(0)
+    assert isinstance(lost, LostStep)
+    assert lost.is_broken
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 3])
@@ -393,7 +395,8 @@ def test_a_lost_stage_loses_the_steps_in_flight_and_all_that_follow(
     for future in futures:
         lost = future.result(0)
         assert isinstance(lost, LostStep)
-        assert lost.reason == "node-0 went away"
+        assert (lost.reason, lost.is_broken) == ("node-0 went away", False)
+    assert head.executor.is_down
     assert len(head.agent.sent) == num_sent
 
 

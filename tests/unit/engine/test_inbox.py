@@ -51,7 +51,7 @@ class Socket:
         content: Any = bytearray(size)
         if kind == Kind.STEP:
             output = SimpleNamespace(total_num_scheduled_tokens=tokens)
-            content = (True, False, list(after), output)
+            content = (True, False, list(after), output, [])
         self.waiting.append(Message(kind, source, 0, epoch, sequence, content))
 
     def receive(self) -> Message:

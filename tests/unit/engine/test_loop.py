@@ -20,6 +20,9 @@ class Core:
     is_pooling_model = False
     path = None
     pace = None
+    is_down = False
+    patience_s = 10.0
+    mended: Any = None
 
     def __init__(self, num_steps: int) -> None:
         self.input_queue: queue.Queue[Any] = queue.Queue()
@@ -33,6 +36,8 @@ class Core:
 
     def has_requests(self) -> bool:
         return len(self.taken) < len(self.futures) or bool(self.todo)
+
+    has_unfinished_requests = has_requests
 
     def take_path(self, path: None) -> None:
         pass
@@ -164,6 +169,45 @@ def test_without_steps_in_flight_it_never_blocks() -> None:
     loop = StepLoop(core)
     for _ in range(3):
         assert loop.turn() == (None, False)
+
+
+def test_while_the_pipeline_is_down_requests_come_and_none_is_computed() -> None:
+    core = Core(1)
+    core.is_down, core.take_ended = True, dict  # type: ignore[attr-defined]
+    loop = StepLoop(core)
+    core.input_queue.put((EngineCoreRequestType.ADD, 7))
+    assert loop.turn() == ({}, True)
+    assert (core.handled, len(core.futures)) == ([EngineCoreRequestType.ADD], 0)
+    core.is_down = False
+    core.mended()
+    turns(loop, 2)
+    assert len(core.futures) == 2
+
+
+def test_a_pipeline_that_does_not_come_back_ends_the_requests() -> None:
+    core = Core(1)
+    core.is_down, core.patience_s = True, 0.0
+    ended: dict[int, str] = {}
+    core.give_up = lambda: ended.update({0: "ended"})  # type: ignore[attr-defined]
+    core.take_ended = lambda: dict(ended)  # type: ignore[attr-defined]
+    assert StepLoop(core).turn() == ({0: "ended"}, True)
+
+
+def test_what_ends_while_the_pipeline_is_down_is_told_at_once() -> None:
+    core = Core(1)
+    core.is_down, core.take_ended = True, lambda: {0: "refused"}  # type: ignore[attr-defined]
+    assert StepLoop(core).turn() == ({0: "refused"}, True)
+
+
+def test_without_requests_it_does_not_wait_for_the_pipeline() -> None:
+    """What has finished is told to the stages, or to nobody."""
+    core = Core(0)
+    core.is_down = True
+    core.update_from_output = lambda output, result: {0: "ended"}  # type: ignore[method-assign]
+    core.futures.append(Future())
+    core.has_unfinished_requests = lambda: False  # type: ignore[method-assign]
+    assert StepLoop(core).turn() == (None, False)
+    assert core.output_queue.get_nowait() == (0, "ended")
 
 
 def test_an_engine_that_fails_says_with_what() -> None:

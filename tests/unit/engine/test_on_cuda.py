@@ -2,12 +2,15 @@
 
 import threading
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm import ir
+from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler
 
 from molink.engine.activations import StepId, pack, unpack
+from molink.engine.compat import _skip_draws
 from molink.engine.exact_sum import HIDDEN, RESIDUAL, put_together, take_apart
 from molink.engine.hop_format import HopFormat
 from molink.engine.senders import CudaSender
@@ -33,6 +36,17 @@ class Arrivals:
     def wait(self, count: int) -> None:
         for _ in range(count):
             assert self._all_there.acquire(timeout=30)
+
+
+def test_a_generator_is_turned_to_where_it_was() -> None:
+    sampler = TopKTopPSampler()
+    batch = SimpleNamespace(vocab_size=1536)
+    runner = SimpleNamespace(sampler=SimpleNamespace(topk_topp_sampler=sampler), input_batch=batch)
+    drawing, turned = (torch.Generator(device=GPU).manual_seed(7) for _ in range(2))
+    for _ in range(5):
+        sampler.forward_native(torch.zeros(1, 1536, device=GPU), {0: drawing}, None, None)
+    _skip_draws(runner, turned, 5)
+    assert torch.equal(drawing.get_state(), turned.get_state())
 
 
 def busy() -> None:

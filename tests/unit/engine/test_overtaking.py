@@ -2,7 +2,7 @@
 
 The scheduler is vLLM's own, as ours, and so are its block tables; the inboxes are those of stages.
 The stages are played: they keep tables and KV memory as a runner does, and every token looks at all
-those before it.
+those before it. Now and then all stages are lost, with the steps in flight and all that they know.
 """
 
 import random
@@ -22,8 +22,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from molink.core.ids import Address, NodeId, Port
 from molink.engine.compat import says_something
-from molink.engine.footprint import traits_of
+from molink.engine.footprint import Restored, traits_of
 from molink.engine.inbox import ENGINE, Inbox, Turn
+from molink.engine.lost import LostStep, losses
 from molink.planning.order import StepsInFlight
 from molink.transport.local import LocalSocket
 from molink.wire.assembly import Message
@@ -44,6 +45,13 @@ class Memory:
     def __init__(self) -> None:
         self._slots: dict[tuple[int, int], int] = {}
         self._tables: dict[str, list[int]] = {}
+
+    def restore(self, requests: list[Restored], tokens: Tokens) -> None:
+        for request, output in requests:
+            name, prompt = request.req_id, request.prompt_token_ids or []
+            assert name not in self._tables
+            self._tables[name] = []
+            assert prompt + output == tokens[name]
 
     def run(self, output: SchedulerOutput, tokens: Tokens) -> None:
         """Compute a step. Raises AssertionError if a token does not find its past."""
@@ -73,9 +81,10 @@ class Memory:
         for name, blocks, done in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
+            table = self._tables[name]  # KeyError: the runner does not know the request
             if name in cached.resumed_req_ids:
-                self._tables[name] = []
-            self._tables[name] += blocks[0] if blocks else []
+                table.clear()
+            table += blocks[0] if blocks else []
             computed[name] = done
         return computed
 
@@ -125,6 +134,7 @@ class Stage:
             turn = self._inbox.next()
         except IndexError:
             return None
+        self._memory.restore(turn.content.restored, tokens[turn.message.sequence])
         self._memory.run(turn.content.output, tokens[turn.message.sequence])
         return turn
 
@@ -154,7 +164,7 @@ class Pipeline(Engine):
         whole = [r.request_id for r in requests if r.num_computed_tokens >= r.num_tokens]
         self._tokens[sequence] = {r.request_id: list(r.all_token_ids) for r in requests}
         after = self._order.start(sequence, traits.footprint, is_answered=bool(names))
-        step: Any = (True, traits.is_prefill, after, output)
+        step: Any = (True, traits.is_prefill, after, output, traits.restored)
         for stage in self._stages:
             stage.steps.append(Message(Kind.STEP, ENGINE, 0, 0, sequence, step))
         if names:
@@ -174,6 +184,15 @@ class Pipeline(Engine):
             self._stages[index + 1].inputs.append(passed)
         else:
             self._answer(sequence)
+
+    def lose(self) -> None:
+        """All stages lose what they hold, and the engine the steps in flight."""
+        losses.count += 1
+        self._stages = [Stage(index) for index in range(self.num_stages)]
+        self._order = StepsInFlight()
+        while self._started:
+            self.in_flight.append(self._started.pop(min(self._started)))
+            self.take_answer(LostStep.because("gone"))
 
     def _answer(self, sequence: int) -> None:
         self.overtakings += sequence != min(self._started)
@@ -211,12 +230,13 @@ def configs(make_config: MakeConfig) -> dict[int, VllmConfig]:
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.sampled_from([2, 3]), comings, st.integers(0, 2**32))
+@given(st.sampled_from([2, 3]), comings, st.integers(0, 2**32), st.sampled_from([0.0, 0.01]))
 def test_every_token_finds_its_past(
     configs: dict[int, VllmConfig],
     num_stages: int,
     arriving: list[tuple[int, int, int, str]],
     seed: int,
+    loss_chance: float,
 ) -> None:
     config = configs[num_stages]
     pipeline = Pipeline(config, StructuredOutputManager(config), seed)
@@ -233,6 +253,8 @@ def test_every_token_finds_its_past(
             pipeline.scheduler.finish_requests(doomed.pop(), RequestStatus.FINISHED_ABORTED)
         elif chance < 0.4 and pipeline.scheduler.has_requests():
             pipeline.start()
+        elif chance > 1 - loss_chance:
+            pipeline.lose()
         else:
             pipeline.move()
     pipeline.check_blocks()

@@ -23,7 +23,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from molink.engine.footprint import traits_of
 from molink.engine.lost import LostStep, losses
+from molink.engine.replay import MOST_SETBACKS
 from molink.engine.scheduler import PipelineScheduler
 from molink.planning.micro_batches import decodes_per_step
 from molink.wire.to_agent import StageCounters, StepCost
@@ -76,6 +78,7 @@ class Engine:
         whole = [r.request_id for r in requests if r.num_computed_tokens >= r.num_tokens]
         self.in_flight.append((output, whole))
         self.steps.append(taken)
+        self.last = output
         is_idle = not taken and not self.scheduler.has_requests()
         if len(self.in_flight) == self.deepest or is_idle:
             self.take_answer()
@@ -364,17 +367,70 @@ def test_a_request_that_cannot_cross_the_wire_ends_with_nobody_else_there(make: 
 # --- a lost pipeline
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 5])
-def test_a_lost_step_ends_every_request_once_and_the_next_ones_run(
-    make: Make, num_steps: int
-) -> None:
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 40])
+def test_lost_steps_are_computed_again(make: Make, num_steps: int) -> None:
+    engine = make(3)
+    for index in range(5):
+        engine.add(f"request-{index}", list(range(1000 * index, 1000 * index + 100)), max_tokens=50)
+    for _ in range(num_steps):
+        engine.step()
+    had = {r.request_id: list(r.output_token_ids) for r in engine.scheduler.requests.values()}
+    known = {name for step in engine.steps for name in step}
+    while engine.in_flight:
+        engine.take_answer(LostStep.because("node-1 went away"))
+    engine.steps.clear()
+    restored: dict[str, list[int]] = {}
+    while engine.scheduler.has_requests():
+        engine.step()
+        restored |= {r.req_id: tokens for r, tokens in traits_of(engine.last).restored}
+    engine.drain()
+    assert restored == {name: had[name] for name in known if had[name]}
+    for name, tokens in had.items():
+        computed = sum(step.get(name, 0) for step in engine.steps)
+        assert computed == 100 + 49  # nothing is cached
+        later = sum(len(o.new_token_ids) for o in engine.outputs if o.request_id == name)
+        assert later == 50, tokens
+    assert set(engine.ended.values()) == {FinishReason.LENGTH}
+    engine.check_blocks()
+
+
+def lose(engine: Engine) -> None:
+    losses.count += 1
+    while engine.in_flight:
+        engine.take_answer(LostStep.because("killed"))
+
+
+def test_what_is_lost_again_and_again_without_a_token_ends(make: Make) -> None:
+    """It may be what ends the stages."""
+    engine = make(2)
+    engine.add("poison", 100)
+    for _ in range(MOST_SETBACKS):
+        assert not engine.ended
+        engine.step()
+        lose(engine)
+    assert engine.ended == {"poison": FinishReason.ERROR}
+    engine.check_blocks()
+
+
+def test_what_gets_on_between_losses_is_never_given_up(make: Make) -> None:
+    engine = make(2)
+    engine.add("patient", 100, max_tokens=3 * MOST_SETBACKS)
+    while "patient" not in engine.ended:
+        had = sum(len(o.new_token_ids) for o in engine.outputs)
+        while sum(len(o.new_token_ids) for o in engine.outputs) == had:
+            engine.step()
+        lose(engine)
+    assert engine.ended == {"patient": FinishReason.LENGTH}
+
+
+def test_a_step_whose_output_makes_no_sense_ends_every_request(make: Make) -> None:
     engine = make(3)
     for index in range(5):
         engine.add(f"request-{index}", 100)
-    for _ in range(num_steps):
+    for _ in range(3):
         engine.step()
-    for _ in range(max(1, len(engine.in_flight))):
-        engine.take_answer(LostStep.because("node-1 went away"))
+    while engine.in_flight:
+        engine.take_answer(LostStep.because("a stage answered str", is_broken=True))
     errors = [o.request_id for o in engine.outputs if o.finish_reason is FinishReason.ERROR]
     assert sorted(errors) == [f"request-{index}" for index in range(5)]
     engine.check_blocks()
@@ -396,10 +452,9 @@ def test_prefixes_are_cached_until_a_step_is_lost(make: Make) -> None:
         if name == "third":
             engine.step()
             engine.take_answer(LostStep.because("gone"))
-            engine.add("fourth", prompt, max_tokens=1)
         engine.drain()
-    taken = {name: number for step in engine.steps for name, number in step.items()}
-    assert taken == {"first": len(prompt), "second": 1, "third": 1, "fourth": len(prompt)}
+    taken = [number for step in engine.steps for number in step.values()]
+    assert taken == [len(prompt), 1, 1, len(prompt)]
 
 
 def test_an_idle_pipeline_that_is_lost_has_no_prefixes_left(

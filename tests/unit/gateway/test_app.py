@@ -17,11 +17,10 @@ class FakeClient:
 
     view_json = b'{"serving": true}'
     down: str | None = None
-    losses = 0
     reports = 0
+    may_wait = False
 
     def lose(self, reason: str) -> None:
-        self.losses += 1
         self.down = reason
 
     def report_serving(self) -> None:
@@ -109,6 +108,17 @@ async def test_503_that_says_when_to_come_back_while_down(
     assert vllm.paths == []
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/models"])
+async def test_what_may_wait_for_a_lost_stage_is_taken(
+    client: FakeClient, vllm: FakeApplication, path: str
+) -> None:
+    client.lose("beta is gone")
+    client.may_wait = True
+    assert (await get(client, vllm, path)).status_code == 200
+    assert (await get(client, vllm, "/health")).status_code == 503
+    assert (await get(client, vllm, gateway.LOAD_ADAPTER_PATH)).status_code == 503
+
+
 @pytest.mark.parametrize("path", ["/metrics", "/version", "/ping"])
 async def test_some_paths_are_answered_while_down(
     client: FakeClient, vllm: FakeApplication, path: str
@@ -125,20 +135,6 @@ async def test_a_500_of_a_request_that_lost_its_pipeline_is_a_503(
     assert answer.status_code == 503
     assert "beta is gone" in answer.json()["error"]["message"]
     assert "retry-after" in answer.headers
-
-
-async def test_it_is_a_503_also_when_the_pipeline_is_already_back(
-    client: FakeClient, vllm: FakeApplication
-) -> None:
-    class QuickRepair(FakeClient):
-        def lose(self, reason: str) -> None:
-            self.losses += 1
-
-    repaired = QuickRepair()
-    vllm.client, vllm.status, vllm.lose_after = repaired, 500, 0
-    answer = await get(repaired, vllm, "/v1/completions")
-    assert answer.status_code == 503
-    assert "can be sent again" in answer.json()["error"]["message"]
 
 
 async def test_so_it_is_for_an_adapter_that_was_being_loaded(
