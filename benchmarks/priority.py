@@ -20,6 +20,7 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ def main() -> None:
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"no lab: {reason}")
+    resource_tracker.ensure_running()  # here: what begins in a lab ends with it
     found = {
         name: measure(PROFILES[name], options.seconds, options.tcp)
         for name in options.profiles or DEFAULT_PROFILES
