@@ -15,6 +15,8 @@ from measure import Say
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+LOG_WIDTH = 240  # characters, where there is no terminal to ask: the widest table
+
 
 class Benchmark(Protocol):
     """One run. `results` is complete for whatever has been measured so far."""
@@ -29,6 +31,8 @@ def run(make: Callable[[Console, Say], Benchmark], file: Path | None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
     with _saying(console) as say:
         bench = make(console, say)
         status = 0

@@ -6,6 +6,9 @@ servers answer the same requests at the same times, in turned order every other 
 has other requests. They are started once: between two profiles the links change below them.
 
 `loopback` is the same cluster of ours without any link between its stages: what compute allows.
+`defaults` is MoLink as it comes; `sum` and `fp8` send fewer bytes; `together` and `apart` never and
+always keep prompts out of decode steps; `pace-off` is `together` with two micro-batches; `uncoded`
+sends both tensors as they are; `levers-off` is all of that.
 Prints what each link really does, then a table for it; writes JSON with the machine, and beside it
 a picture of how busy stages and links were in the first round. Asserts nothing.
 
@@ -20,6 +23,7 @@ loopback.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -74,7 +78,8 @@ class Benchmark:
 
     def run(self) -> None:
         if reason := why_not(measured=True):
-            self._console.print(f"no lab: {reason}; all stages are on loopback")
+            unable = ", ".join(self._options.profiles or DEFAULT_PROFILES)
+            self._console.print(f"no lab: {reason}; loopback alone, not {unable}")
             self._hosts, self._ways = ["head"] * self._options.stages, {}
             self._compare(Here(), None, [NO_LINK])
             return
@@ -205,7 +210,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="RATE:REQUESTS",
         help=f"requests a second, and how many (default: {' '.join(DEFAULT_LOADS)})",
     )
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of each load (default: 3)")
     parser.add_argument("--seed", type=int, default=1, help="of the first round's requests")
     parser.add_argument("--stages", type=int, default=2, help="hosts in a line (default: 2)")
     parser.add_argument("--prompt", type=int, default=WORKLOAD.prompt_tokens, help="tokens")
@@ -215,15 +220,21 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.stages < 2:
         parser.error("--stages: a pipeline has two and more")
+    for name in ("rounds", "prompt", "output"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: one and more")
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.absolute().parent}")
     return options
 
 
 def load_of(text: str) -> tuple[float, int]:
-    """RATE:REQUESTS. Raises ValueError if it is something else."""
-    rate, requests = text.split(":")
-    if not (float(rate) > 0 and int(requests) > 0):
-        raise ValueError(text)
-    return float(rate), int(requests)
+    """RATE:REQUESTS. Raises ArgumentTypeError if it is something else."""
+    with contextlib.suppress(ValueError):
+        rate, requests = text.split(":")
+        if float(rate) > 0 and int(requests) > 0:
+            return float(rate), int(requests)
+    raise argparse.ArgumentTypeError(f"{text!r} is not RATE:REQUESTS, both above 0, like 2:48")
 
 
 def main() -> None:

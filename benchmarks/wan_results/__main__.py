@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that a folder can be run
 
@@ -24,8 +25,8 @@ def main() -> None:
     parser.add_argument("--png", action="store_true", help="draw pictures beside the first file")
     options = parser.parse_args()
     try:
-        results = tables.merged([json.loads(file.read_text()) for file in options.files])
-    except ValueError as error:
+        results = tables.merged([_read(file) for file in options.files])
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     cores = results["machine"]["cores"]
     for profile, found in results["links"].items():
@@ -42,6 +43,17 @@ def main() -> None:
                 picture.draw(
                     f"{profile}, {rate} requests/s", runs, options.files[0].with_name(name)
                 )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Raises ValueError, which names the file, for what `wan.py` has not written."""
+    try:
+        results = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if not isinstance(results, dict) or "links" not in results:
+        raise ValueError(f"{file} is not of wan.py")
+    return results
 
 
 def print_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

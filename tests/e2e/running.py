@@ -29,7 +29,7 @@ class Running:
     def _run(self, url: str, body: dict[str, Any]) -> None:
         try:
             with (
-                httpx.Client(timeout=120.0, trust_env=False) as client,
+                httpx.Client(timeout=240.0, trust_env=False) as client,
                 client.stream("POST", f"{url}/v1/completions", json=body) as response,
             ):
                 self.status, self.headers = response.status_code, response.headers

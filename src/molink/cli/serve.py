@@ -115,13 +115,13 @@ def serve(
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
     ] = None,
     max_outage: Annotated[
-        float | None,
+        float,
         typer.Option(
             metavar="SECONDS",
-            show_default=f"{MAX_OUTAGE_S:.0f}",
-            help="How long requests wait for a lost stage to be replaced, before they fail.",
+            help="How long requests wait for a lost stage to be replaced, before they fail. "
+            "Loading its layers again takes as long as at the start.",
         ),
-    ] = None,
+    ] = MAX_OUTAGE_S,
 ) -> None:
     """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
 
@@ -139,7 +139,8 @@ def serve(
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
-            _check_alone({"--relay-limit": relay_limit, "--max-outage": max_outage})
+            outage = None if max_outage == MAX_OUTAGE_S else max_outage
+            _check_alone({"--relay-limit": relay_limit, "--max-outage": outage})
             _check_alone(changed_wire(wire) | changed_pacing(pacing))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
@@ -163,7 +164,7 @@ def serve(
                     _engine_flags(model, flags, facts),
                     wire,
                     pacing,
-                    MAX_OUTAGE_S if max_outage is None else max_outage,
+                    max_outage,
                 ),
                 replace(
                     _settings(model, host, port, listen, advertise, layers, name, flags),
@@ -177,8 +178,8 @@ def serve(
         fail(error)
 
 
-def _check_outage(seconds: float | None) -> None:
-    if seconds is not None and not 0 <= seconds <= LONGEST_OUTAGE_S:
+def _check_outage(seconds: float) -> None:
+    if not 0 <= seconds <= LONGEST_OUTAGE_S:
         raise UsageError(f"--max-outage {seconds:g}: expected seconds, 0 to {LONGEST_OUTAGE_S:.0f}")
 
 

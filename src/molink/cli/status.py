@@ -113,7 +113,7 @@ def _show(view: ClusterView) -> None:
     for stage in view.stages:
         counters = stage.counters
         times = f"{counters.compute_s:.1f}", f"{counters.waiting_s:.1f}"
-        stages.add_row(str(stage.index), stage.node, stage.layers, str(counters.steps), *times)
+        stages.add_row(str(stage.index + 1), stage.node, stage.layers, str(counters.steps), *times)
     console.print(stages)
     console.print(_links_table(view))
     for path in view.paths:

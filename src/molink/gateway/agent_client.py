@@ -48,6 +48,14 @@ class AgentClient:
         """Whether a request may wait for the pipeline, which is down, to come back."""
         return self._has_served and time.monotonic() - self._down_at < self._max_outage_s
 
+    @property
+    def trouble(self) -> str:
+        """Why the pipeline is down, and whether requests have waited for it."""
+        if self.may_wait or not self._has_served:
+            return str(self.down)
+        waited = f"nobody took its place within {self._max_outage_s:g} s (--max-outage)"
+        return f"{self.down}; {waited}"
+
     def report_serving(self) -> None:
         """Tell the agent that the HTTP server answers."""
         state = to_agent.EngineState(self._epoch, None)

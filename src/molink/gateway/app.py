@@ -114,7 +114,7 @@ class PipelineMiddleware:
 
     @property
     def _reason(self) -> str:
-        return f"the pipeline is down: {self._client.down}"
+        return f"the pipeline is down: {self._client.trouble}"
 
     async def _refuse(self, send: Send) -> None:
         retry = [(b"retry-after", str(RETRY_AFTER_S).encode())]

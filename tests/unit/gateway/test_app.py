@@ -20,6 +20,10 @@ class FakeClient:
     reports = 0
     may_wait = False
 
+    @property
+    def trouble(self) -> str:
+        return str(self.down)
+
     def lose(self, reason: str) -> None:
         self.down = reason
 
