@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molink.gateway.asgi import MAX_BODY, Message, Receive, Scope, Send, respond
@@ -378,6 +378,7 @@ values = st.recursive(
 bodies = st.dictionaries(names, values, max_size=4).map(json.dumps).map(str.encode)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=50) | bodies)
 def test_any_body_is_refused_or_becomes_a_completion(body: bytes) -> None:
     with contextlib.suppress(FormError):
