@@ -23,10 +23,9 @@ loopback.
 """
 
 import argparse
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -230,7 +229,7 @@ def options_of(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def load_of(text: str) -> tuple[float, int]:
     """RATE:REQUESTS. Raises ArgumentTypeError if it is something else."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         rate, requests = text.split(":")
         if float(rate) > 0 and int(requests) > 0:
             return float(rate), int(requests)

@@ -22,9 +22,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from molink.core.ids import Address, NodeId, Port
 from molink.engine.compat import says_something
-from molink.engine.footprint import Restored, traits_of
+from molink.engine.footprint import traits_of
 from molink.engine.inbox import ENGINE, Inbox, Turn
 from molink.engine.lost import LostStep, losses
+from molink.engine.replay import Restored
 from molink.planning.order import StepsInFlight
 from molink.transport.local import LocalSocket
 from molink.wire.assembly import Message
