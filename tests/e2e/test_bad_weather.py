@@ -121,7 +121,7 @@ def while_it_falls_tenfold(cluster: Cluster, lab: Lab) -> list[list[int]]:
         lab.set_rate("head", "a", LINE.up / 10, LINE.down / 10)
         tenth = 1.5 * LINE.up / 10 / 8
         eventually(lambda: rate() <= tenth, FOLLOWED_S, "its fall is measured")
-        return tokens(asked[0].result(timeout=REPAIR_S))
+        return tokens(asked[0].result(timeout=20))
 
 
 def rate_from_a(cluster: Cluster) -> float:
