@@ -1,6 +1,7 @@
 """LoRA adapters over two stages: each machine reads its own copy."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -134,6 +135,22 @@ def test_a_replaced_stage_has_the_adapters(
     pipeline.members[0].kill_stage()
     eventually(lambda: pipeline.has_status(503), 10, "the pipeline is down")
     eventually(lambda: pipeline.has_status(200), 60, "the pipeline serves again")
+    assert_all_equal(pipeline, expected)
+
+
+def test_a_standby_that_takes_over_has_the_adapters(
+    pipeline: Cluster, expected: dict[str, list[list[int]]]
+) -> None:
+    standby = pipeline.add_member(name="standby", arguments=["--standby"])
+    standby.wait_for("this node stands by")
+    pipeline.members[0].kill_stage()
+    eventually(lambda: pipeline.view().stages[1].node == "standby", 60, "it takes over")
+    assert_all_equal(pipeline, expected)
+    standby.signal(signal.SIGTERM)
+    assert standby.wait() == 0
+    pipeline.members.remove(standby)
+    standby.end()
+    eventually(lambda: pipeline.has_status(200), 60, "the first node's stage is back")
     assert_all_equal(pipeline, expected)
 
 

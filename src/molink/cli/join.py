@@ -55,6 +55,12 @@ def join(
         str | None,
         typer.Option(metavar="A:B", help="Layers of this node (end exclusive, -1 = last)."),
     ] = None,
+    standby: Annotated[
+        bool,
+        typer.Option(
+            "--standby", help="Take no stage at first: load the layers of one, and replace it."
+        ),
+    ] = False,
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", help="Where other nodes may dial this one.")
     ] = "0.0.0.0:0",
@@ -100,6 +106,7 @@ def join(
             advertise=advertise,
             model=str(Path(model).resolve()) if model and Path(model).exists() else model,
             layers=layers,
+            stands_by=standby,
             versions=own_versions(),
             stage=stage_settings(model or "", flags, send=True),
         )

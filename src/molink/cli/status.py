@@ -8,7 +8,7 @@ from rich.table import Table
 
 from molink.cli.console import console, fail
 from molink.cli.flags import check_addresses
-from molink.cluster.view import ClusterView, decode_view
+from molink.cluster.view import ClusterView, StageView, decode_view
 from molink.core.errors import IdentityError, LinkError, MolinkError, UsageError
 from molink.node.home import ClusterFolder, known_clusters
 from molink.transport.identity import NodeIdentity
@@ -109,16 +109,28 @@ def _show(view: ClusterView) -> None:
         status = f"downloads {node.download}" if node.download else node.status
         nodes.add_row(node.name, status, node.role or "", node.device or "", free, node.trouble)
     console.print(nodes)
-    stages = Table("stage", "node", "layers", "steps", "compute s", "waiting s", title="stages")
+    figures = "steps", "compute s", "waiting s"
+    stages = Table("stage", "node", "layers", *figures, "if it is lost", title="stages")
     for stage in view.stages:
         counters = stage.counters
         times = f"{counters.compute_s:.1f}", f"{counters.waiting_s:.1f}"
-        stages.add_row(str(stage.index + 1), stage.node, stage.layers, str(counters.steps), *times)
+        steps, heirs = str(counters.steps), _heirs(view, stage)
+        stages.add_row(str(stage.index + 1), stage.node, stage.layers, steps, *times, heirs)
     console.print(stages)
     console.print(_links_table(view))
     for path in view.paths:
         if path.way == "relayed":
             console.print(f"{' and '.join(path.nodes)} cannot dial each other: the head relays")
+
+
+def _heirs(view: ClusterView, stage: StageView) -> str:
+    """Who would compute a stage if it were lost now."""
+    if ready := [node.name for node in view.nodes if node.loaded == stage.layers]:
+        return f"{ready[0]} takes over at once"
+    spares = [node for node in view.nodes if node.role in ("standby", "spare")]
+    if others := [n.name for n in spares if n.status == "ready" and n.device != "none"]:
+        return f"{' or '.join(others)} loads it, if it has room"
+    return f"waits for {stage.node}"
 
 
 def _links_table(view: ClusterView) -> Table:

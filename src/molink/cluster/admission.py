@@ -19,6 +19,7 @@ class Hello:
     address: str | None = None  # where others may dial it; None: it only dials out
     layers: str | None = None  # as its user typed it: A:B, on the head also "none"
     tensor_parallel_size: int = 1
+    stands_by: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,13 @@
 """Who computes what, decided from the cluster's state alone."""
 
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from molink.cluster.state import ClusterState, NodeRecord, NodeStatus
 from molink.core.errors import PlanError
+from molink.core.ids import HEAD, NodeId
 from molink.core.model import ModelFacts
-from molink.core.plan import Stage
+from molink.core.plan import LayerRange, Stage
 from molink.planning.split import Candidate, find_gaps, fits, needed_bytes, plan_stages
 
 
@@ -24,17 +26,18 @@ def first_stages(
     With `nodes_wanted` the first so many ready nodes by id share the layers, others in the place of
     those with too little memory; every node counts, the head too, also when it computes nothing.
     Without it all pinned nodes take part, as soon as they cover the model or others are there for
-    what they leave; of those no more than needed.
+    what they leave; of those no more than needed. Nodes that joined to stand by do not count.
 
     Raises:
         PlanError: the nodes wanted are there, but cannot make a pipeline.
     """
     if nodes_wanted is None:
         return _around_pinned(state, model)
-    if len(state.ready) < nodes_wanted:
-        here = f"{len(state.ready)} of {nodes_wanted} nodes are ready"
+    ready = _for_stages(state)
+    if len(ready) < nodes_wanted:
+        here = f"{len(ready)} of {nodes_wanted} nodes are ready"
         return Waiting(f"{here}; {_presence(state)}")
-    nodes = list(state.ready)
+    nodes = list(ready)
     while True:
         chosen = [node for node in nodes[:nodes_wanted] if node.computes]
         if not chosen:
@@ -47,10 +50,16 @@ def first_stages(
             nodes.remove(min((n for n in chosen if not n.layers), key=_free_bytes))
 
 
+def _for_stages(state: ClusterState) -> list[NodeRecord]:
+    """Ready nodes that have not joined to stand by."""
+    return [node for node in state.ready if not node.stands_by]
+
+
 def _around_pinned(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] | Waiting:
     """All pinned nodes, and as few others as can hold what they leave."""
-    pinned = [node for node in state.ready if node.layers]
-    others = [node for node in state.ready if node.computes and not node.layers]
+    ready = _for_stages(state)
+    pinned = [node for node in ready if node.layers]
+    others = [node for node in ready if node.computes and not node.layers]
     gaps = find_gaps([(n.name, n.layers) for n in pinned if n.layers], model.num_layers)
     if not gaps:
         return plan_stages(model, [_candidate(node) for node in pinned])
@@ -66,23 +75,84 @@ def _around_pinned(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] 
 def mended_stages(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] | Waiting:
     """The stages of a pipeline that is down, each lost node replaced.
 
-    A lost stage goes to the same node once it is back, otherwise to a spare that is pinned to
-    exactly these layers, or unpinned and large enough. The ranges stay as they are.
+    A lost stage goes to the same node if it is back already, otherwise to a standby that has loaded
+    its layers, or to a spare that is pinned to exactly these layers, or unpinned and large enough.
+    The ranges stay as they are.
     """
     assert state.pipeline is not None
-    spares = [node for node in state.ready if node.id not in state.pipeline.nodes]
+    spares = _spares(state)
     stages = []
     for stage in state.pipeline.stages:
         owner = state.node(stage.node)
         if owner.status is not NodeStatus.READY or not _may_take(owner, stage):
-            heirs = (spare for spare in spares if _can_take(spare, stage, model))
-            heir = next(heirs, None)
-            if heir is None:
+            heirs = [spare for spare in spares if _is_heir(spare, stage, model)]
+            if not heirs:
                 return Waiting(_lost_text(owner, stage, model))
-            spares.remove(heir)
-            owner = heir
+            owner = max(heirs, key=lambda spare: spare.loaded is not None)
+            spares.remove(owner)
         stages.append(Stage(owner.id, stage.layers, owner.tensor_parallel_size))
     return tuple(stages)
+
+
+def next_standby(
+    state: ClusterState,
+    model: ModelFacts,
+    warming: Mapping[NodeId, LayerRange],
+    unable: Set[tuple[NodeId, LayerRange]],
+) -> tuple[NodeRecord, Stage] | None:
+    """A spare that holds nothing, and the stage whose layers it should load ahead.
+
+    Of the stages that it could take, one that has fewest standbys; rather another node's than the
+    head's, whose loss nothing outlives. None: nothing is to be done.
+
+    Args:
+        warming: what spares are loading.
+        unable: what they have tried in vain.
+    """
+    if state.pipeline is None or state.is_down:
+        return None
+    spares = [node for node in _spares(state) if node.id != HEAD]
+    held = [node.loaded or warming.get(node.id) for node in spares]
+    for spare in spares:
+        stages = [
+            stage
+            for stage in state.pipeline.stages
+            if _can_take(spare, stage, model) and (spare.id, stage.layers) not in unable
+        ]
+        if spare.loaded is None and spare.id not in warming and stages:
+            return spare, min(stages, key=lambda s: (held.count(s.layers), s.node == HEAD))
+    return None
+
+
+def misplaced(state: ClusterState, model: ModelFacts) -> list[NodeId]:
+    """Standbys that must give up what they hold, because nobody else can take a lost node's stage.
+
+    As many as are needed beside those that are about to be ready. The stage of a node that is
+    connected comes back with it.
+    """
+    assert state.pipeline is not None
+    spares, orphans = _spares(state), []
+    for stage in state.pipeline.stages:
+        if not state.node(stage.node).is_connected:
+            heir = next((spare for spare in spares if _is_heir(spare, stage, model)), None)
+            if heir is None:
+                orphans.append(stage)
+            else:
+                spares.remove(heir)
+    able = [n.id for n in spares if n.loaded and any(_can_take(n, s, model) for s in orphans)]
+    coming = [n for n in state.nodes if n.status is NodeStatus.JOINED]
+    coming = [n for n in coming if n.id not in state.pipeline.nodes]
+    return able[: max(0, len(orphans) - len(coming))]
+
+
+def _spares(state: ClusterState) -> list[NodeRecord]:
+    assert state.pipeline is not None
+    return [node for node in state.ready if node.id not in state.pipeline.nodes]
+
+
+def _is_heir(spare: NodeRecord, stage: Stage, model: ModelFacts) -> bool:
+    """Whether it could take a stage without giving up what it has loaded."""
+    return spare.loaded in (None, stage.layers) and _can_take(spare, stage, model)
 
 
 def _may_take(node: NodeRecord, stage: Stage) -> bool:
@@ -131,7 +201,8 @@ def _lost_text(owner: NodeRecord, stage: Stage, model: ModelFacts) -> str:
 
 def _presence(state: ClusterState) -> str:
     """Who is there, for the terminal: `alpha ready (0:4), beta joined`."""
-    return ", ".join(f"{n.name} {n.status}{_pin(n)}" for n in state.connected) or "nobody is here"
+    here = (f"{n.name} {n.status}{_pin(n)}" for n in state.connected)
+    return ", ".join(here) or "nobody is here"
 
 
 def _size(num_bytes: int) -> str:
@@ -142,4 +213,6 @@ def _size(num_bytes: int) -> str:
 def _pin(node: NodeRecord) -> str:
     if not node.computes:
         return " (computes nothing)"
+    if node.stands_by:
+        return " (only stands by)"
     return f" ({node.layers})" if node.layers else ""

@@ -1,10 +1,16 @@
 """The only writer of a cluster's state. No I/O but the store; the head's agent calls it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 
 from molink.cluster.admission import HeldModel, Hello, check_model, check_node_name, check_versions
-from molink.cluster.assignment import Waiting, first_stages, mended_stages
+from molink.cluster.assignment import (
+    Waiting,
+    first_stages,
+    mended_stages,
+    misplaced,
+    next_standby,
+)
 from molink.cluster.events import (
     Event,
     HeadStarted,
@@ -15,9 +21,10 @@ from molink.cluster.events import (
     PipelineDropped,
     PipelinePlanned,
     StageLost,
+    StandbyLoaded,
     TokenCreated,
 )
-from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, apply
+from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, Role, apply
 from molink.cluster.store import StateStore
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import AdmissionError, PlanError, UsageError
@@ -100,7 +107,9 @@ class Coordinator:
         computes = hello.layers != "none"
         if not computes and node != HEAD:
             raise PlanError(f"{name}: only the head may compute no layers")
-        layers = self._pinned(node, name, hello.layers) if computes and hello.layers else None
+        layers = None
+        if computes and hello.layers:
+            layers = self._pinned(node, name, hello.layers, stands_by=hello.stands_by)
         joined = NodeJoined(
             node,
             name,
@@ -110,6 +119,7 @@ class Coordinator:
             computes,
             hello.tensor_parallel_size,
             self._clock(),
+            hello.stands_by,
         )
         self._record(joined)
         return self._state.node(node)
@@ -126,6 +136,11 @@ class Coordinator:
         check_model(record.name, model, self._model)
         _check_resources(record, resources)
         self._record(NodeMeasured(node, resources, self._clock()))
+
+    def standby_loaded(self, node: NodeId, layers: LayerRange) -> None:
+        """A spare holds the layers of a stage; nothing happens for one that is lost meanwhile."""
+        if self._known(node).status is NodeStatus.READY and self._state.role(node) is Role.SPARE:
+            self._record(StandbyLoaded(node, layers, self._clock()))
 
     def node_lost(self, node: NodeId, reason: str) -> None:
         """The connection to a node ended. Nothing happens for one that is already lost."""
@@ -162,6 +177,16 @@ class Coordinator:
         self._has_planned = True
         return pipeline
 
+    def next_standby(
+        self, warming: Mapping[NodeId, LayerRange], unable: Set[tuple[NodeId, LayerRange]]
+    ) -> tuple[NodeRecord, Stage] | None:
+        """A spare, and the stage whose layers it should load ahead; None: no more are needed."""
+        return next_standby(self._state, self._model, warming, unable)
+
+    def misplaced(self) -> list[NodeId]:
+        """Standbys that must give up what they hold before they can take a lost stage."""
+        return misplaced(self._state, self._model)
+
     def _first_stages(self) -> tuple[Stage, ...] | Waiting:
         try:
             return first_stages(self._state, self._model, self._nodes_wanted)
@@ -186,7 +211,7 @@ class Coordinator:
         except ValueError as error:
             raise AdmissionError(f"{error}: it must join again with a token") from error
 
-    def _pinned(self, node: NodeId, name: str, text: str) -> LayerRange:
+    def _pinned(self, node: NodeId, name: str, text: str, *, stands_by: bool) -> LayerRange:
         try:
             layers = LayerRange.parse(text, self._model.num_layers)
         except PlanError as error:
@@ -194,8 +219,10 @@ class Coordinator:
         others = [
             (other.name, other.layers)
             for other in self._state.connected
-            if other.layers and other.id != node
+            if other.layers and other.id != node and not other.stands_by
         ]
+        if stands_by:  # for whoever has them
+            return layers
         try:
             find_gaps([*others, (name, layers)], self._model.num_layers)
         except PlanError as error:

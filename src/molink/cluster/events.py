@@ -44,6 +44,7 @@ class NodeJoined:
     computes: bool
     tensor_parallel_size: int
     at: float
+    stands_by: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,15 @@ class NodeMeasured:
 
     node: NodeId
     resources: Resources
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyLoaded:
+    """A spare has loaded the layers of a stage ahead, as that stage's successor."""
+
+    node: NodeId
+    layers: LayerRange
     at: float
 
 
@@ -90,6 +100,7 @@ Event = (
     | NodeEnrolled
     | NodeJoined
     | NodeMeasured
+    | StandbyLoaded
     | NodeLost
     | StageLost
     | PipelinePlanned

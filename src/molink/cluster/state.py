@@ -13,6 +13,7 @@ from molink.cluster.events import (
     PipelineDropped,
     PipelinePlanned,
     StageLost,
+    StandbyLoaded,
     TokenCreated,
 )
 from molink.core.cluster import Resources, Versions
@@ -30,6 +31,7 @@ class NodeStatus(StrEnum):
 
 class Role(StrEnum):
     STAGE = "stage"
+    STANDBY = "standby"  # a spare that has loaded a stage's layers ahead
     SPARE = "spare"
 
 
@@ -44,7 +46,9 @@ class NodeRecord:
     layers: LayerRange | None = None  # pinned by its user
     computes: bool = True  # False: the head, with `--layers none`
     tensor_parallel_size: int = 1
+    stands_by: bool = False  # its user wants it to take over stages that are lost, and no others
     resources: Resources | None = None  # known exactly while it is ready
+    loaded: LayerRange | None = None  # ahead, while it is a spare
     trouble: str = ""  # why it, or its stage, was lost; empty again once it joins or is planned
 
     @property
@@ -82,7 +86,9 @@ class ClusterState:
         """None while there is no pipeline."""
         if self.pipeline is None:
             return None
-        return Role.STAGE if node in self.pipeline.nodes else Role.SPARE
+        if node in self.pipeline.nodes:
+            return Role.STAGE
+        return Role.STANDBY if self.node(node).loaded else Role.SPARE
 
     def knows(self, node: NodeId) -> bool:
         return 0 <= node < len(self.nodes)
@@ -113,6 +119,10 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
             if not state.node(node).is_connected:
                 raise ValueError(f"node {node} was measured while it was not connected")
             return _with_node(state, node, NodeStatus.READY, at, resources=resources)
+        case StandbyLoaded(node, layers, _):
+            if state.node(node).status is not NodeStatus.READY or state.role(node) is Role.STAGE:
+                raise ValueError(f"node {node} has loaded layers while it was no spare")
+            return _put(state, replace(state.node(node), loaded=layers))
         case NodeLost(node, reason, at):
             lost = _with_node(state, node, NodeStatus.LOST, at, resources=None, trouble=reason)
             return _stage_down(lost, node)
@@ -133,6 +143,7 @@ def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:
             status=NodeStatus.LOST,
             since=event.at,
             resources=None,
+            loaded=None,
             trouble="the head was started again",
         )
         for node in state.nodes
@@ -152,6 +163,7 @@ def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
         layers=event.layers,
         computes=event.computes,
         tensor_parallel_size=event.tensor_parallel_size,
+        stands_by=event.stands_by,
     )
     # Whatever it computed before, this process of it has loaded nothing.
     return _stage_down(_put(state, record), event.node)
@@ -160,7 +172,8 @@ def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
 def _pipeline_planned(state: ClusterState, pipeline: Pipeline) -> ClusterState:
     _check_pipeline(state, pipeline)
     nodes = tuple(
-        replace(node, trouble="") if node.id in pipeline.nodes else node for node in state.nodes
+        replace(node, trouble="", loaded=None) if node.id in pipeline.nodes else node
+        for node in state.nodes
     )
     return replace(state, nodes=nodes, pipeline=pipeline, is_down=False, last_epoch=pipeline.epoch)
 
@@ -188,7 +201,7 @@ def _with_node(
     trouble: str = "",
 ) -> ClusterState:
     record = replace(
-        state.node(node), status=status, since=at, resources=resources, trouble=trouble
+        state.node(node), status=status, since=at, resources=resources, trouble=trouble, loaded=None
     )
     return _put(state, record)
 

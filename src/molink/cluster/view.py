@@ -24,6 +24,7 @@ class NodeView(msgspec.Struct, frozen=True):
     address: str | None
     trouble: str
     download: Downloading | None = None
+    loaded: str | None = None  # START:END of the stage that a standby could take over at once
 
 
 class StageView(msgspec.Struct, frozen=True):
@@ -143,6 +144,7 @@ def _node_view(state: ClusterState, node: NodeRecord, report: NodeReport | None)
         address=node.address,
         trouble=node.trouble,
         download=report.download if report else None,
+        loaded=str(node.loaded) if node.loaded else None,
     )
 
 

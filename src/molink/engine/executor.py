@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from molink.core.errors import MolinkError, PipelineDownError, StageError, UsageError
-from molink.core.ids import NodeId
 from molink.engine import compat
 from molink.engine.adapters import NoAdapterError, adapter_digest, dropped
 from molink.engine.config import resolve
@@ -40,7 +39,7 @@ from molink.engine.session import EngineSession
 from molink.engine.types import build_codec
 from molink.planning.order import StepsInFlight
 from molink.wire.to_agent import PaceDecision
-from molink.wire.to_engine import PathMeasured, PipelineRepaired
+from molink.wire.to_engine import PathMeasured, PipelineRepaired, StagePlace, StandbyChosen
 from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
 
 logger = logging.getLogger("molink.engine")
@@ -72,6 +71,8 @@ class PipelineExecutor(Executor):
         self._codec = build_codec()
         self._wire = WireFormat.from_json(os.environ.get(WIRE_VARIABLE, "{}"))
         self._takes_sum: dict[int, bool] = {}  # by stage: of `hidden_states` and `residual`
+        self._mending = threading.local()  # `epoch`: of the pipeline for which a thread makes calls
+        self._standbys: dict[int, bool] = {}  # the same, by node that has loaded a stage ahead
         self._startup: list[_Call] = []
         self.pace: PaceDecision | None = None  # of the scheduler, for the report
         self._adapters: dict[int, _Adapter] = {}  # by id
@@ -85,6 +86,7 @@ class PipelineExecutor(Executor):
             Path(os.environ[SOCKET_VARIABLE]),
             self._codec,
             repaired=self._repair,
+            chosen=self._prepare,
             agent_lost=lambda: os._exit(1),
         )
         try:
@@ -103,30 +105,35 @@ class PipelineExecutor(Executor):
 
     def _load(self, indices: Sequence[int]) -> None:
         """Load the layers of these stages, all at once; tell the ones before what they take."""
-        stages = self._session.pipeline.stages
-        resolved = resolve(self.vllm_config)
-        futures: dict[int, list[Future[Any]]] = {}
-        for index in indices:
-            load = LoadStage(
-                stage_index=index,
-                nodes=self._nodes(),
-                partition=[stage.end - stage.start for stage in stages],
-                engine_flags=compat.engine_flags(),
-                resolved=resolved,
-                wire=self._wire,
-            )
-            node = NodeId(stages[index].node)
-            futures[index] = self._session.call(node, "load", (load,), None)
-        for index, ranks in futures.items():
-            answers = [future.result() for future in ranks]
-            self._takes_sum[index] = all(answer is True for answer in answers)
+        self._takes_sum |= self._load_at({index: self._places[index] for index in indices})
         for index in self._all_stages[1:]:
             takes_sum = self._takes_sum[index]
             if takes_sum or index - 1 not in indices:
                 self._ask("send_sum", (takes_sum,), {}, [index - 1])
 
+    def _load_at(self, places: Mapping[int, StagePlace]) -> dict[int, bool]:
+        """Load the layers of stages there; by stage, whether it takes a sum."""
+        resolved = resolve(self.vllm_config)
+        futures: dict[int, list[Future[Any]]] = {}
+        for index, place in places.items():
+            load = LoadStage(
+                stage_index=index,
+                nodes=self._nodes(),
+                partition=[stage.end - stage.start for stage in self._places],
+                engine_flags=compat.engine_flags(),
+                resolved=resolved,
+                wire=self._wire,
+            )
+            futures[index] = self._call_at(place, "load", (load,), None)
+        answers = {i: [future.result() for future in ranks] for i, ranks in futures.items()}
+        return {index: all(answer is True for answer in said) for index, said in answers.items()}
+
+    @property
+    def _places(self) -> list[StagePlace]:
+        return self._session.pipeline.stages
+
     def _nodes(self) -> list[int]:
-        return [stage.node for stage in self._session.pipeline.stages]
+        return [stage.node for stage in self._places]
 
     # Steps
 
@@ -215,7 +222,7 @@ class PipelineExecutor(Executor):
 
     @property
     def _all_stages(self) -> range:
-        return range(len(self._session.pipeline.stages))
+        return range(len(self._places))
 
     def _ask(
         self,
@@ -226,24 +233,39 @@ class PipelineExecutor(Executor):
         timeout: float | None = None,
     ) -> list[Any]:
         """Call a method of every worker of these stages at once, and wait for their answers."""
-        futures = self._call(method, args, kwargs, indices)
+        futures = self._call(method, args, kwargs, {i: self._places[i] for i in indices})
         return [future.result(timeout) for future in futures]
 
     def _call(
-        self, method: str, args: tuple[Any, ...], kwargs: Any, indices: Sequence[int]
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: Any,
+        places: Mapping[int, StagePlace],
     ) -> list[Future[Any]]:
-        """Send each worker its part: KV configurations come as one list for all workers."""
+        """Send each worker its part: KV configurations come as one list for all workers.
+
+        Args:
+            places: by stage, where it is called.
+        """
         futures: list[Future[Any]] = []
         first = 0
-        for index, stage in enumerate(self._session.pipeline.stages):
+        for index, stage in enumerate(self._places):
             size = stage.tensor_parallel_size
             part = args
             if method == "initialize_from_config":
                 part = (list(args[0][first : first + size]),)
             first += size
-            if index in indices:
-                futures += self._session.call(NodeId(stage.node), method, part, kwargs)
+            if index in places:
+                futures += self._call_at(places[index], method, part, kwargs)
         return futures
+
+    def _call_at(
+        self, place: StagePlace, method: str, args: tuple[Any, ...], kwargs: Any
+    ) -> list[Future[Any]]:
+        """Call a method of one stage; of an earlier pipeline's repair it fails."""
+        epoch = getattr(self._mending, "epoch", None)
+        return self._session.call(place, method, args, kwargs, epoch)
 
     def get_supported_kv_cache_layouts(self) -> list[list[str]]:
         """The layouts all workers support, in the first one's order, once per worker."""
@@ -299,13 +321,17 @@ class PipelineExecutor(Executor):
         if not self._is_started:
             os._exit(1)
         epoch, failed = repaired.pipeline.epoch, None
+        self._mending.epoch = epoch
         try:
+            promoted = self._promote(repaired.replaced)
             self._load(repaired.replaced)
             for method, args, kwargs in self._startup:
                 self._ask(method, args, kwargs, repaired.replaced)
             for lora_id, adapter in list(self._adapters.items()):
-                self._load_adapter_again(lora_id, adapter, repaired.replaced)
+                self._load_adapter_again(lora_id, adapter, [*repaired.replaced, *promoted])
             self._ask("reset", (self._nodes(),), None, self._all_stages)
+            for index in promoted:
+                self._standbys.pop(self._places[index].node, None)
         except StageError as error:
             failed = error.node
             self._session.mended(epoch, str(error))
@@ -317,6 +343,32 @@ class PipelineExecutor(Executor):
             self.mended()
         if epoch == self._session.pipeline.epoch:
             self._session.report(failed, self.pace)
+
+    def _promote(self, replaced: Sequence[int]) -> list[int]:
+        """The stages whose standbys have taken them over."""
+        for index in replaced:  # whatever the node had loaded, its process is another one now
+            self._standbys.pop(self._places[index].node, None)
+        promoted = [i for i, place in enumerate(self._places) if place.node in self._standbys]
+        self._takes_sum |= {i: self._standbys[self._places[i].node] for i in promoted}
+        return promoted
+
+    def _prepare(self, standby: StandbyChosen) -> None:
+        """Bring a spare to where a stage is, but for requests and adapters."""
+        index, place = standby.stage_index, standby.place
+        self._mending.epoch = standby.epoch
+        try:
+            takes_sum = self._load_at({index: place})[index]
+            for method, args, kwargs in self._startup:
+                for future in self._call(method, args, kwargs, {index: place}):
+                    future.result()
+        except PipelineDownError:
+            return  # it is gone, or begins anew
+        except Exception as error:
+            logger.exception("a standby cannot be prepared")
+            self._session.report_standby(place.node, str(error))
+        else:
+            self._standbys[place.node] = takes_sum
+            self._session.report_standby(place.node, None)
 
     def _load_adapter_again(self, lora_id: int, adapter: _Adapter, stages: Sequence[int]) -> None:
         """Load an adapter on replaced stages; one that is not there any more is taken from all."""

@@ -28,7 +28,15 @@ from molink.wire import to_agent, to_engine
 from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
-from molink.wire.to_engine import PathMeasured, PipelineAssigned, PipelineDown, PipelineRepaired
+from molink.wire.to_engine import (
+    PathMeasured,
+    PipelineAssigned,
+    PipelineDown,
+    PipelineRepaired,
+    StagePlace,
+    StandbyChosen,
+    StandbyDropped,
+)
 
 logger = logging.getLogger("molink.engine")
 _Key = tuple[Kind, int, int, int]  # kind, sequence, node, rank
@@ -42,6 +50,7 @@ class EngineSession:
         socket_path: of the local agent.
         codec: with the engine's types registered.
         repaired: called in a thread of its own when every stage has a process again.
+        chosen: called in a thread of its own when a spare is to load layers ahead.
         agent_lost: called when the agent is gone; the process should end.
     """
 
@@ -51,10 +60,14 @@ class EngineSession:
         codec: Codec,
         *,
         repaired: Callable[[PipelineRepaired], None],
+        chosen: Callable[[StandbyChosen], None],
         agent_lost: Callable[[], None],
     ) -> None:
         self._codec = codec
         self._repaired = repaired
+        self._chosen = chosen
+        self._names: dict[int, str] = {}  # of nodes that were called
+        self._dropped: set[int] = set()  # standbys that are gone
         self._agent_lost = agent_lost
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.ENGINE))
         self._sequence = itertools.count(1)
@@ -96,23 +109,36 @@ class EngineSession:
         self._send(Kind.SAMPLE, last, payload, sequence, epoch)
 
     def call(
-        self, node: NodeId, method: str, args: Sequence[Any], kwargs: Any
+        self,
+        place: StagePlace,
+        method: str,
+        args: Sequence[Any],
+        kwargs: Any,
+        epoch: int | None = None,
     ) -> list[Future[Any]]:
-        """Call a method of every rank of a node's stage; futures in order of rank."""
+        """Call a method of every rank of a node's stage; futures in order of rank.
+
+        Args:
+            epoch: of the pipeline for which it is meant; the present one if not given.
+        """
         payload = self._codec.encode((method, tuple(args), dict(kwargs or {})))
-        sequence = next(self._sequence)
+        sequence, node = next(self._sequence), NodeId(place.node)
+        futures: list[Future[Any]] = [Future() for _ in range(place.tensor_parallel_size)]
         with self._lock:
-            lost, pipeline = self._lost, self.pipeline
-            stage = next(stage for stage in pipeline.stages if stage.node == node)
-            futures: list[Future[Any]] = [Future() for _ in range(stage.tensor_parallel_size)]
-            if lost is None:
+            trouble, now = self._lost, self.pipeline.epoch
+            self._names[node] = place.name
+            if trouble is None and epoch not in (None, now):
+                trouble = "another pipeline serves now"
+            if trouble is None and node in self._dropped:
+                trouble = f"{place.name} is gone"
+            if trouble is None:
                 for rank, future in enumerate(futures):
                     self._waiting[Kind.REPLY, sequence, node, rank] = future
-        if lost is None:
-            self._send(Kind.CALL, node, payload, sequence, pipeline.epoch)
+        if trouble is None:
+            self._send(Kind.CALL, node, payload, sequence, now)
         else:
             for future in futures:
-                future.set_exception(PipelineDownError(lost))
+                future.set_exception(PipelineDownError(trouble))
         return futures
 
     def _send(self, kind: Kind, node: NodeId, payload: bytes, sequence: int, epoch: int) -> None:
@@ -160,7 +186,8 @@ class EngineSession:
             future.set_result(answer)
 
     def _name_of(self, node: NodeId) -> str:
-        return next(stage.name for stage in self.pipeline.stages if stage.node == node)
+        names = {stage.node: stage.name for stage in self.pipeline.stages}
+        return names.get(node) or self._names[node]
 
     def _take(self, key: _Key) -> Future[Any] | None:
         with self._lock:
@@ -179,9 +206,24 @@ class EngineSession:
             case PipelineRepaired() as repaired:
                 with self._lock:
                     self.pipeline, self._lost = repaired.pipeline, None
+                    self._dropped.clear()
                 threading.Thread(target=self._repaired, args=(repaired,), daemon=True).start()
+            case StandbyChosen() as standby:
+                with self._lock:
+                    self._dropped.discard(standby.place.node)
+                threading.Thread(target=self._chosen, args=(standby,), daemon=True).start()
+            case StandbyDropped(node=node):
+                self._fail_calls_of(node)
             case _:
                 pass
+
+    def _fail_calls_of(self, node: int) -> None:
+        with self._lock:
+            self._dropped.add(node)
+            keys = [key for key in self._waiting if key[0] == Kind.REPLY and key[2] == node]
+            futures = [self._waiting.pop(key) for key in keys]
+        for future in futures:
+            future.set_exception(PipelineDownError(f"{self._names[node]} is gone"))
 
     def mended(self, epoch: int, trouble: str | None) -> None:
         """Take steps again, or say why not; nothing if `epoch` has been lost meanwhile."""
@@ -216,6 +258,11 @@ class EngineSession:
             steps = sum(kind == Kind.RESULT for kind, *_ in self._waiting)
             state = to_agent.EngineState(self.pipeline.epoch, self.down, steps, failed, pace)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
+
+    def report_standby(self, node: int, error: str | None) -> None:
+        """Tell the agent whether a spare has loaded what it was to load."""
+        prepared = to_agent.StandbyPrepared(node, error)
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(prepared)])
 
     def report_failure(self, error: MolinkError) -> None:
         """Tell the agent why the engine is about to end."""

@@ -1,14 +1,22 @@
 """Bringing a planned pipeline into being, and what the engine is told of it."""
 
+from dataclasses import replace
 from typing import Protocol
 
 from molink.cluster.coordinator import Coordinator
 from molink.core.ids import HEAD, NodeId, Port
-from molink.core.plan import Pipeline, Stage
+from molink.core.plan import LayerRange, Pipeline, Stage
 from molink.node.paths import Paths
 from molink.wire import to_agent, to_engine
 from molink.wire.to_agent import EngineState, PaceDecision, StageAssigned
-from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
+from molink.wire.to_engine import (
+    PipelineAssigned,
+    PipelineDown,
+    PipelineRepaired,
+    StagePlace,
+    StandbyChosen,
+    StandbyDropped,
+)
 
 
 class Voice(Protocol):
@@ -38,6 +46,8 @@ class Deployment:
         self.is_down = False  # and the engine knows
         self.was_lost = False  # since the engine started; it may have been mended meanwhile
         self.loading: frozenset[NodeId] = frozenset()  # by the repair that is under way
+        self.warming: dict[NodeId, LayerRange] = {}  # what spares are loading ahead
+        self.unable: set[tuple[NodeId, LayerRange]] = set()  # what spares could not load
         self.http_up = False
         self.serving = False
         self.steps_in_flight = 0
@@ -58,13 +68,15 @@ class Deployment:
     def take_half_loaded(self) -> frozenset[NodeId]:
         """Nodes whose stage was being loaded when the pipeline was lost again; told once."""
         half_loaded, self.loading = self.loading, frozenset()
-        return half_loaded
+        warming, self.warming = self.warming, {}
+        return half_loaded | warming.keys()
 
     def forget(self) -> None:
         """The engine that was told is gone; the next one starts from nothing."""
         self.pipeline = self.assigned = None
         self.is_down = self.was_lost = False
         self.loading = frozenset()
+        self.warming = {}
 
     @property
     def news(self) -> PipelineAssigned | PipelineDown | None:
@@ -95,6 +107,30 @@ class Deployment:
         else:
             self.loading |= {pipeline.nodes[index] for index in replaced}
             self._voice.tell_engine(PipelineRepaired(self.assigned, replaced))
+
+    async def warm_up(self, node: NodeId, stage: Stage) -> None:
+        """Link a spare to where a stage is, then have the engine load its layers there too.
+
+        `warming` says so already; nothing if it does not any more.
+        """
+        assert self.pipeline is not None
+        pipeline, index = self.pipeline, self.pipeline.stages.index(stage)
+        await self.paths.link((*pipeline.nodes[:index], node, *pipeline.nodes[index + 1 :]))
+        if self.warming.get(node) == stage.layers and self.pipeline is pipeline:
+            place = self._place(replace(stage, node=node))
+            self._voice.tell_engine(StandbyChosen(place, index, pipeline.epoch))
+
+    def arrived(self, node: NodeId) -> None:
+        """A node has joined, perhaps anew: its stage's process holds nothing."""
+        self.unloaded.discard(node)
+        self.standby_lost(node)
+        self.unable = {(other, layers) for other, layers in self.unable if other != node}
+        self.paths.forget(node)
+
+    def standby_lost(self, node: NodeId) -> None:
+        """A node is gone; if it was loading layers ahead, nobody waits for it any more."""
+        if self.warming.pop(node, None) is not None:
+            self._voice.tell_engine(StandbyDropped(node))
 
     def _place(self, stage: Stage) -> StagePlace:
         node, layers = self._coordinator.state.node(stage.node), stage.layers

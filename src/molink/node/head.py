@@ -48,6 +48,7 @@ from molink.wire.to_agent import (
     RestartStage,
     Shutdown,
     StageUp,
+    StandbyPrepared,
     Welcome,
 )
 
@@ -189,6 +190,7 @@ class HeadAgent(Agent):
     def _node_lost(self, node: NodeId, reason: str) -> None:
         record = self._coordinator.state.node(node)
         self._deployment.unloaded.discard(node)
+        self._deployment.standby_lost(node)
         self._reports.forget(node)
         if record.is_connected:
             self._coordinator.node_lost(node, reason)
@@ -197,6 +199,7 @@ class HeadAgent(Agent):
 
     def _stage_lost(self, node: NodeId, reason: str) -> None:
         self._deployment.unloaded.discard(node)
+        self._deployment.standby_lost(node)
         self._coordinator.stage_lost(node, reason)
         self._changed.set()
 
@@ -219,12 +222,20 @@ class HeadAgent(Agent):
         versions = Versions(hello.protocol, hello.molink, hello.vllm)
         host = self._remote_hosts.get(node)
         address = hello.advertise or (f"{host}:{hello.listen_port}" if host else None)
-        checked = Hello(hello.name, versions, address, hello.layers, hello.tensor_parallel_size)
+        checked = Hello(
+            hello.name,
+            versions,
+            address,
+            hello.layers,
+            hello.tensor_parallel_size,
+            hello.stands_by,
+        )
         try:
             record = self._coordinator.admit(node, checked)
         except MolinkError as error:
             self._refuse(node, hello.name, error)
             return
+        self._deployment.arrived(node)
         model = self._coordinator.state.model
         assert model is not None
         cluster_id = self._coordinator.state.cluster_id
@@ -265,9 +276,14 @@ class HeadAgent(Agent):
             case EngineFailed(reason=reason, is_usage=is_usage):
                 self._engine_failure = (UsageError if is_usage else ProcessError)(reason)
             case EngineState():
+                had_served = self._deployment.serving
                 failed = self._deployment.engine_state(header.source.port, message)
                 if failed is not None:
                     self._stage_failed(failed, message.error or "")
+                if self._deployment.serving and not had_served:
+                    self._changed.set()  # there is time for standbys
+            case StandbyPrepared(node=node, error=error):
+                self._standby_prepared(NodeId(node), error)
             case _:
                 pass
 
@@ -343,9 +359,42 @@ class HeadAgent(Agent):
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
             self._wait_for(plan.text)
+            if self._coordinator.state.is_down:
+                await self._empty_stages(self._coordinator.misplaced(), "another stage is lost")
         elif plan != self._deployment.pipeline:
             self.switch.stage_nodes = plan.nodes
             await self._deployment.assign(plan)
+        elif self._deployment.serving:
+            self._warm_up_standbys()
+
+    def _warm_up_standbys(self) -> None:
+        """Have every spare load the layers of a stage ahead, each in its own time."""
+        state, deployment = self._coordinator.state, self._deployment
+        while chosen := self._coordinator.next_standby(deployment.warming, deployment.unable):
+            node, stage = chosen
+            deployment.warming[node.id] = stage.layers
+            deployment.unloaded.discard(node.id)
+            self.spawn(deployment.warm_up(node.id, stage))
+        loaded = {node.id for node in state.ready if node.loaded}
+        self.switch.standby_nodes = frozenset(loaded | deployment.warming.keys())
+
+    def _standby_prepared(self, node: NodeId, error: str | None) -> None:
+        layers = self._deployment.warming.pop(node, None)
+        if layers is None:
+            return  # the pipeline was lost meanwhile, and the node begins anew
+        name = self._coordinator.state.node(node).name
+        if error is None:
+            self._coordinator.standby_loaded(node, layers)
+            self.publish_view()
+            self.say(f"{name} has loaded layers {layers} ahead, and stands by")
+            self.tell(node, Notice(f"layers {layers} are loaded; this node stands by"))
+        else:
+            self._deployment.unable.add((node, layers))
+            self.say(f"{name} cannot load layers {layers} ahead: {error}")
+            self.tell(node, Notice(f"layers {layers} cannot be loaded here: {error}"))
+            self._coordinator.stage_lost(node, error)
+            self.tell(node, RestartStage())
+        self._changed.set()
 
     def _wait_for(self, text: str) -> None:
         """Say what is missing, once, to everybody who could compute."""

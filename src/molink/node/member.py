@@ -45,6 +45,7 @@ class MemberSettings:
     advertise: str | None
     model: str | None  # None: where the head has it
     layers: str | None
+    stands_by: bool
     versions: Versions
     stage: StageSettings
 
@@ -138,6 +139,7 @@ class MemberAgent(Agent):
             tensor_parallel_size=settings.stage.tensor_parallel_size,
             listen_port=self._listen_port,
             advertise=settings.advertise,
+            stands_by=settings.stands_by,
         )
 
     def tell_head(self, message: to_head.ToHead) -> None:

@@ -55,6 +55,8 @@ class Paths:
         await asyncio.gather(*(self._link_pair(*pair) for pair in pairs))
 
     async def _link_pair(self, first: NodeId, second: NodeId) -> None:
+        if frozenset((first, second)) in self._retries:  # relayed, and tried again on its own
+            return
         if await self._can_dial(first, second):
             self._retries.pop(frozenset((first, second)), None)
             return
@@ -80,6 +82,10 @@ class Paths:
         else:
             retry.wait_s = min(2 * retry.wait_s, LAST_RETRY_S)
             retry.due_at = asyncio.get_running_loop().time() + retry.wait_s
+
+    def forget(self, node: NodeId) -> None:
+        """A node is there anew, perhaps elsewhere: whom it can dial is not known."""
+        self._retries = {pair: r for pair, r in self._retries.items() if node not in pair}
 
     def broke(self, one: NodeId, other: NodeId, reason: str) -> None:
         """A direct link is gone and nothing was lost with it: the head relays meanwhile."""

@@ -30,6 +30,7 @@ class Switch:
         self.links: dict[NodeId, Link] = {}
         self.local: dict[Port, dict[int, LocalPeer]] = {}
         self.stage_nodes: tuple[NodeId, ...] = ()
+        self.standby_nodes: frozenset[NodeId] = frozenset()  # they answer calls, and do no steps
         self.dropped: Counter[str] = Counter()
         self.relayed: Counter[tuple[NodeId, NodeId]] = Counter()  # bytes, by source and destination
         self._control = control
@@ -81,9 +82,13 @@ class Switch:
         """Why a frame of another node that is true to its name goes no further."""
         if header.kind == Kind.CONTROL:
             return None if header.destination.port == Port.AGENT else "control for a process"
-        if self.node == HEAD and header.source.node not in self.stage_nodes:
+        if self.node == HEAD and not self._may_speak(header):
             return "not of a stage"  # its pipeline is gone, or it was never in one
         return None
+
+    def _may_speak(self, header: FrameHeader) -> bool:
+        source, is_answer = header.source.node, header.kind in (Kind.REPLY, Kind.FAILURE)
+        return source in self.stage_nodes or (is_answer and source in self.standby_nodes)
 
     def forward(self, header: FrameHeader, frame: bytes) -> asyncio.Future[Any] | None:
         """Send a frame on; an awaitable asks the source to wait for room."""

@@ -89,6 +89,13 @@ class EngineState(msgspec.Struct, frozen=True, tag=True):
     pace: PaceDecision | None = None  # the latest
 
 
+class StandbyPrepared(msgspec.Struct, frozen=True, tag=True):
+    """A spare has loaded the layers of a stage, or could not."""
+
+    node: int
+    error: str | None
+
+
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):
     """The engine is about to end, and why."""
 
@@ -159,6 +166,7 @@ ToAgent = (
     | StageCounters
     | Downloading
     | EngineState
+    | StandbyPrepared
     | EngineFailed
     | Welcome
     | Refused

@@ -43,6 +43,20 @@ class PipelineRepaired(msgspec.Struct, frozen=True, tag=True):
     replaced: list[int]  # indices of stages
 
 
+class StandbyChosen(msgspec.Struct, frozen=True, tag=True):
+    """A spare is to load the layers of a stage ahead; answered by `to_agent.StandbyPrepared`."""
+
+    place: StagePlace
+    stage_index: int
+    epoch: int  # of the pipeline that it is to stand by
+
+
+class StandbyDropped(msgspec.Struct, frozen=True, tag=True):
+    """A spare that was to load layers is gone; its calls get no answer any more."""
+
+    node: int
+
+
 class ClusterView(msgspec.Struct, frozen=True, tag=True):
     """What the cluster looks like; sent to the gateway every second."""
 
@@ -83,7 +97,15 @@ class PathMeasured(msgspec.Struct, frozen=True, tag=True):
     stages: list[StageCounters]
 
 
-ToEngine = PipelineAssigned | PipelineDown | PipelineRepaired | PathMeasured | ClusterView
+ToEngine = (
+    PipelineAssigned
+    | PipelineDown
+    | PipelineRepaired
+    | StandbyChosen
+    | StandbyDropped
+    | PathMeasured
+    | ClusterView
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

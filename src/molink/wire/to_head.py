@@ -35,6 +35,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     listen_port: int
     # HOST:PORT under which others may dial this node
     advertise: Annotated[str, msgspec.Meta(max_length=300)] | None
+    stands_by: bool = False
 
 
 class ModelChecked(msgspec.Struct, frozen=True, tag=True):

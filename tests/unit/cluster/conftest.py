@@ -8,7 +8,7 @@ import pytest
 
 from molink.cluster.admission import HeldModel, Hello
 from molink.cluster.coordinator import Coordinator
-from molink.cluster.state import ClusterState, NodeStatus
+from molink.cluster.state import ClusterState, NodeStatus, Role
 from molink.cluster.store import MemoryStore
 from molink.core.cluster import Resources, Versions
 from molink.core.ids import NodeId
@@ -45,6 +45,9 @@ def check_invariants() -> Callable[[ClusterState], None]:
         assert [node.id for node in state.nodes] == list(range(len(state.nodes)))
         for node in state.nodes:
             assert (node.resources is not None) == (node.status is NodeStatus.READY)
+            if node.loaded is not None:
+                assert node.status is NodeStatus.READY
+                assert state.role(node.id) is not Role.STAGE
         if state.pipeline is None:
             assert not state.is_down
             return
@@ -71,17 +74,21 @@ class Cluster:
     def state(self) -> ClusterState:
         return self.coordinator.state
 
-    def join(self, name: str, layers: str | None = None) -> NodeId:
+    def join(self, name: str, layers: str | None = None, *, stands_by: bool = False) -> NodeId:
         node = self.coordinator.enrol(name)
-        self.rejoin(node, name, layers)
+        self.rejoin(node, name, layers, stands_by=stands_by)
         return node
 
     def rejoin(
-        self, node: NodeId, name: str, layers: str | None = None, tensor_parallel_size: int = 1
+        self,
+        node: NodeId,
+        name: str,
+        layers: str | None = None,
+        tensor_parallel_size: int = 1,
+        *,
+        stands_by: bool = False,
     ) -> None:
-        hello = Hello(
-            name, self._versions, layers=layers, tensor_parallel_size=tensor_parallel_size
-        )
+        hello = Hello(name, self._versions, None, layers, tensor_parallel_size, stands_by)
         self.coordinator.admit(node, hello)
 
     def measure(self, node: NodeId, free_bytes: int = GIB) -> None:
@@ -89,8 +96,15 @@ class Cluster:
         resources = replace(self._resources, free_bytes=free_bytes)
         self.coordinator.measured(node, resources, HeldModel.of(self.state.model))
 
-    def ready(self, name: str, layers: str | None = None, free_bytes: int = GIB) -> NodeId:
-        node = self.join(name, layers)
+    def ready(
+        self,
+        name: str,
+        layers: str | None = None,
+        free_bytes: int = GIB,
+        *,
+        stands_by: bool = False,
+    ) -> NodeId:
+        node = self.join(name, layers, stands_by=stands_by)
         self.measure(node, free_bytes)
         return node
 

@@ -16,6 +16,7 @@ from molink.cluster.events import (
     NodeMeasured,
     PipelinePlanned,
     StageLost,
+    StandbyLoaded,
     TokenCreated,
 )
 from molink.cluster.state import ClusterState, NodeStatus, Role, apply
@@ -58,6 +59,7 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(NodeMeasured, node_ids, st.just(RESOURCES), at),
     st.builds(NodeLost, node_ids, st.text(max_size=5), at),
     st.builds(StageLost, node_ids, st.text(max_size=5), at),
+    st.builds(StandbyLoaded, node_ids, st.just(LayerRange(0, 2)), at),
     st.builds(PipelinePlanned, pipelines, at),
 )
 

@@ -2,6 +2,7 @@
 
 import pickle
 import queue
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, Schedule
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
-from molink.core.errors import StageError, UsageError
+from molink.core.errors import PipelineDownError, StageError, UsageError
 from molink.core.ids import EVERY_STAGE, HEAD, Address, NodeId, Port
 from molink.engine import executor as executor_module
 from molink.engine import session as session_module
@@ -37,7 +39,14 @@ from molink.planning.order import Footprint
 from molink.wire import to_agent, to_engine
 from molink.wire.assembly import Message
 from molink.wire.frames import Kind
-from molink.wire.to_engine import PipelineAssigned, PipelineDown, PipelineRepaired, StagePlace
+from molink.wire.to_engine import (
+    PipelineAssigned,
+    PipelineDown,
+    PipelineRepaired,
+    StagePlace,
+    StandbyChosen,
+    StandbyDropped,
+)
 from molink.wire.to_stage import WORKER_CALLS, LoadStage
 
 CODEC = build_codec()
@@ -76,6 +85,7 @@ class Agent:
         self.sent: list[Sent] = []
         self.pipeline = pipeline()
         self.answer: Callable[[int, int, str], Any] = lambda node, rank, method: None
+        self.also: list[tuple[int, int]] = []  # workers of nodes that stand by
         self.tell(news or self.pipeline)
 
     # What the session sees
@@ -138,7 +148,8 @@ class Agent:
     @property
     def workers(self) -> list[tuple[int, int]]:
         stages = self.pipeline.stages
-        return [(s.node, rank) for s in stages for rank in range(s.tensor_parallel_size)]
+        own = [(s.node, rank) for s in stages for rank in range(s.tensor_parallel_size)]
+        return own + self.also
 
     def _put(
         self,
@@ -626,6 +637,64 @@ def test_a_replaced_stage_gets_the_start_up_again_and_every_stage_forgets(head: 
     assert step.epoch == 2
     head.agent.finish(step, answer_of("a"))
     assert future.result(0) == answer_of("a")
+
+
+def choose_standby(head: Head, answer: Any = None) -> str | None:
+    """Have node 3 load the layers of the middle stage ahead; why it cannot."""
+    place = msgspec.structs.replace(head.agent.pipeline.stages[1], node=3, name="node-3")
+    head.agent.also = [(3, rank) for rank in range(place.tensor_parallel_size)]
+    head.agent.answer = lambda node, rank, method: answer if node == 3 else None
+    told: Future[str | None] = Future()
+    session = head.executor._session
+    session.report_standby = lambda _, error: told.set_result(error)  # type: ignore[method-assign]
+    head.agent.tell(StandbyChosen(place, 1, 1))
+    return told.result(10)
+
+
+def test_a_standby_gets_the_start_up_ahead_and_nothing_when_it_takes_over(head: Head) -> None:
+    head.executor.initialize_from_config(cast(Any, [f"of {n}/{rank}" for n, rank in WORKERS]))
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    head.agent.sent.clear()
+    assert choose_standby(head, answer=True) is None
+    (first, load), *others = head.agent.calls()
+    assert (first, load[0], load[1][0].stage_index) == (3, "load", 1)
+    assert others == [
+        (3, ("initialize_from_config", (["of 0/0", "of 0/1"],), {})),
+        (3, ("compile_or_warm_up_model", (), {})),
+    ]
+    head.agent.lose("node-0 went away")
+    head.agent.sent.clear()
+    nodes = [4, 3, 7]
+    reported = wait_for_report(head.executor)
+    head.agent.pipeline = pipeline(2, nodes)
+    head.agent.also.clear()
+    head.agent.tell(PipelineRepaired(head.agent.pipeline, []))
+    assert reported.result(10) is None
+    assert head.agent.calls() == [
+        (4, ("send_sum", (True,), {})),  # as the standby has said
+        (3, ("send_sum", (False,), {})),
+        *((node, ("reset", (nodes,), {})) for node in nodes),
+    ]
+
+
+def test_a_standby_that_cannot_load_is_told_and_one_that_goes_is_not_waited_for(
+    head: Head,
+) -> None:
+    head.executor.collective_rpc("compile_or_warm_up_model")
+    assert choose_standby(head, answer=StageError("no room")) == "node-3: no room"
+    session = head.executor._session
+    told: Future[str | None] = Future()
+    session.report_standby = lambda _, error: told.set_result(error)  # type: ignore[method-assign]
+    head.agent.also.clear()  # it answers nothing any more
+    place = msgspec.structs.replace(head.agent.pipeline.stages[1], node=3, name="node-3")
+    num_calls = len(head.agent.calls())
+    head.agent.tell(StandbyChosen(place, 1, 1))
+    while len(head.agent.calls()) == num_calls:
+        time.sleep(0.01)
+    waiting = [future for (_, _, node, _), future in session._waiting.items() if node == 3]
+    head.agent.tell(StandbyDropped(3))
+    assert [type(future.exception(10)) for future in waiting] == 2 * [PipelineDownError]
+    assert not told.done()
 
 
 def test_a_repair_that_fails_leaves_the_pipeline_down(head: Head) -> None:

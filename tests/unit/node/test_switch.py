@@ -346,6 +346,17 @@ async def test_processes_hear_control_of_their_own_agent_alone(network: Network)
     assert switch.dropped == {"control for a process": 1}
 
 
+async def test_a_standby_answers_calls_and_no_more(network: Network) -> None:
+    switch = network.switches[HEAD]
+    switch.stage_nodes, switch.standby_nodes = (HEAD, TWO), frozenset([ONE])
+    engine = process(network, HEAD, Port.ENGINE)
+    for kind in (Kind.RESULT, Kind.REPLY, Kind.ACTIVATIONS, Kind.FAILURE):
+        frame = make(Address(ONE, Port.STAGE), ENGINE, kind=kind)
+        switch.from_link(switch.links[ONE], FrameHeader.unpack(frame), frame)
+    kinds = [FrameHeader.unpack(frame).kind for frame in engine.received]
+    assert kinds == [Kind.REPLY, Kind.FAILURE]
+
+
 async def test_a_node_without_a_stage_cannot_speak_to_the_engine(network: Network) -> None:
     network.switches[HEAD].stage_nodes = (HEAD, TWO)
     engine = process(network, HEAD, Port.ENGINE)
