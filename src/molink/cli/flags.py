@@ -38,6 +38,17 @@ def value_of(flags: list[str], *names: str) -> str | None:
     return found
 
 
+def without(flags: list[str], *names: str) -> list[str]:
+    """The flags but those, each of which takes one value."""
+    kept, is_value = [], False
+    for flag in flags:
+        is_taken = is_value or name_of(flag) in names
+        is_value = not is_value and is_taken and "=" not in flag
+        if not is_taken:
+            kept.append(flag)
+    return kept
+
+
 def values_of(flags: list[str], name: str) -> list[str]:
     """The last values of a flag that takes several: `--name A B`."""
     found: list[str] = []

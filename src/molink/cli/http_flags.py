@@ -3,8 +3,10 @@
 import json
 import os
 
-from molink.cli.flags import value_of, values_of
+from molink.cli.flags import value_of, values_of, without
+from molink.core.errors import UsageError
 from molink.gateway import chat_stop, chat_templates
+from molink.gateway.server import Tls
 
 ANY_MODEL = "default"  # a name that the model has beside its own
 GENERATE_MIDDLEWARE = "molink.gateway.generate.GenerateMiddleware"
@@ -30,3 +32,19 @@ def http_flags(model: str, flags: list[str]) -> list[str]:
     if not names and value_of(flags, "--config") is not None:
         return added  # the file may hold names, which ours would replace
     return [*added, "--served-model-name", *(names or [model]), ANY_MODEL]
+
+
+def take_tls(flags: list[str]) -> tuple[Tls, list[str]]:
+    """How the gateway serves HTTPS, and the flags without those that say so.
+
+    Raises UsageError for what is not whole, or no files.
+    """
+    names = ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs", "--ssl-cert-reqs")
+    certfile, keyfile, ca_certs, reqs = (value_of(flags, name) for name in names)
+    if certfile is None and keyfile is not None:
+        raise UsageError("--ssl-keyfile needs --ssl-certfile")
+    if reqs not in (None, "0", "1", "2"):
+        raise UsageError(f"--ssl-cert-reqs {reqs}: expected 0 (none), 1 (optional) or 2 (required)")
+    tls = Tls(certfile, keyfile, ca_certs, int(reqs or 0))
+    tls.context()
+    return tls, without(flags, *names)

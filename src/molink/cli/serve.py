@@ -26,7 +26,7 @@ from molink.cli.flags import (
     stage_settings,
     value_of,
 )
-from molink.cli.http_flags import http_flags
+from molink.cli.http_flags import http_flags, take_tls
 from molink.cli.levers import (
     PACING,
     WIRE,
@@ -49,6 +49,7 @@ from molink.core.ids import HEAD
 from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
 from molink.node.engine_host import EngineHost, EngineSettings
+from molink.node.gateway_host import GatewayHost, GatewaySettings
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
 from molink.node.stage_host import StageHost, StageSettings
@@ -148,6 +149,7 @@ def serve(
         check_flags(flags)
         check_drafts(pacing, flags)
         _check_outage(max_outage)
+        tls, flags = take_tls(flags)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
             LayerRange.parse(layers, facts.num_layers)
@@ -157,17 +159,20 @@ def serve(
                 on_signal,
                 folder,
                 facts,
-                EngineSettings(
-                    model,
-                    host,
-                    port,
-                    _engine_flags(model, flags, facts),
-                    wire,
-                    pacing,
-                    max_outage,
-                ),
+                EngineSettings(model, _engine_flags(model, flags, facts), wire, pacing, max_outage),
+                GatewaySettings(host, port, tls.to_json(), max_outage),
                 replace(
-                    _settings(model, host, port, listen, advertise, layers, name, flags),
+                    _settings(
+                        model,
+                        host,
+                        port,
+                        listen,
+                        advertise,
+                        layers,
+                        name,
+                        flags,
+                        is_tls=tls.certfile is not None,
+                    ),
                     relay_bytes_per_s=relay_limit and relay_limit * 125_000,
                 ),
                 nodes,
@@ -200,6 +205,8 @@ def _settings(
     layers: str | None,
     name: str | None,
     flags: list[str],
+    *,
+    is_tls: bool,
 ) -> HeadSettings:
     return HeadSettings(
         name=name or socket.gethostname(),
@@ -208,7 +215,7 @@ def _settings(
         layers=layers,
         versions=own_versions(),
         stage=stage_settings(model, flags, send=False),
-        http=f"http://{host}:{port}",
+        http=f"{'https' if is_tls else 'http'}://{host}:{port}",
     )
 
 
@@ -248,6 +255,7 @@ async def _serve(
     folder: ClusterFolder,
     model: ModelFacts,
     engine: EngineSettings,
+    gateway: GatewaySettings,
     settings: HeadSettings,
     nodes: int | None,
     token_file: Path | None,
@@ -271,9 +279,10 @@ async def _serve(
             run_folder,
             lambda gone: StageHost(HEAD, run_folder, logs, gone),
             lambda gone: EngineHost(engine, run_folder, logs, gone),
+            lambda gone: GatewayHost(gateway, run_folder, logs, gone),
             say,
             DownloadDisplay(),
-            TunnelExit(_reachable_here(engine.host), engine.port),
+            TunnelExit(_reachable_here(gateway.host), gateway.port),
         )
         on_signal(lambda: agent.end("stopped"))
         port = await agent.listen()

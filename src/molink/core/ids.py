@@ -20,6 +20,7 @@ class Port(IntEnum):
     ENGINE = 1
     STAGE = 2
     GATEWAY = 3
+    SERVER = 4  # of the engine: what the gateway asks
 
 
 class Address(NamedTuple):

@@ -6,6 +6,7 @@ import signal
 
 PARENT_VARIABLE = "MOLINK_PARENT"  # process id of who starts a process of ours
 SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
+SERVER_FLAGS_VARIABLE = "MOLINK_SERVER_FLAGS"  # JSON list: all of the user's vLLM flags
 FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
 PACING_VARIABLE = "MOLINK_PACING"  # JSON: how the pipeline is filled
 OUTAGE_VARIABLE = "MOLINK_MAX_OUTAGE"  # seconds that requests wait for a lost stage
@@ -20,6 +21,8 @@ _DEFAULTS = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # vLLM would bind every stage of a machine to the same cores.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # The gateway keeps its connections, and closes them itself.
+    "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(24 * 3600),
     # Stages may download for hours before they load.
     "VLLM_ENGINE_READY_TIMEOUT_S": str(7 * 24 * 3600),
     # Processes of ours talk to nobody but their agent.

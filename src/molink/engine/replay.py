@@ -44,6 +44,12 @@ class Replay:
                     request.status = RequestStatus.WAITING
         self._setbacks = {name: s for name, s in self._setbacks.items() if name in requests}
 
+    def take_over(self, request: Request) -> None:
+        """Go on with a request that has tokens already; if its grammar is compiled."""
+        if request.status == RequestStatus.WAITING:
+            request.status = RequestStatus.PREEMPTED
+            self._forgotten.add(request.request_id)
+
     def restored(
         self, output: SchedulerOutput, requests: Mapping[str, Request]
     ) -> Iterator[Restored]:

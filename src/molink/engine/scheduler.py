@@ -14,6 +14,7 @@ from vllm.v1.request import Request, RequestStatus
 from molink.core.errors import WireError
 from molink.engine import compat
 from molink.engine.adapters import dropped
+from molink.engine.delivered import take_delivered, told_again
 from molink.engine.drafter import Drafter
 from molink.engine.environment import PACING_VARIABLE
 from molink.engine.footprint import StepTraits, footprint_of
@@ -33,7 +34,7 @@ class PipelineScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._codec = build_codec()
-        self._ended: list[Request] = []  # by us, and not told yet
+        self._untold: list[tuple[int, EngineCoreOutput]] = []  # by client; not of a step
         self._losses = losses.count  # those after which all began anew
         self._replay = Replay()
         self.max_num_scheduled_tokens: int  # vLLM's; here of the next step
@@ -55,16 +56,39 @@ class PipelineScheduler(Scheduler):
         encoded would end the engine. An adapter that a stage has lost would end that stage.
         """
         super().add_request(request)
-        if not self._can_cross(request) or self._adapter_of(request) in dropped:
-            self._end([request.request_id])
-
-    def _can_cross(self, request: Request) -> bool:
         try:
+            delivered = take_delivered(request, self.vllm_config.model_config.get_vocab_size())
             # As deep as a step holds them: the codec bounds nesting.
             self._codec.encode_plain([[[[[request.sampling_params, request.pooling_params]]]]])
         except WireError:
-            return False
-        return True
+            self._end([request.request_id])
+            return
+        if self._adapter_of(request) in dropped:
+            self._end([request.request_id])
+        elif delivered:
+            self._take_over(request, delivered)
+
+    def _take_over(self, request: Request, delivered: list[int]) -> None:
+        """Go on with a request of an engine that is gone."""
+        request.append_output_token_ids(delivered)
+        status = request.status
+        told = told_again(request, self.max_model_len)
+        self._untold.append((request.client_index, told))
+        if request.is_finished():
+            status, request.status = request.status, status
+            self.finish_requests(request.request_id, status)
+        else:
+            self._replay.take_over(request)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """vLLM's; a grammar that is compiled only now takes the tokens its request has already."""
+        may_go: bool = super()._handle_blocked_waiting_request(request)
+        if may_go and (delivered := list(request.output_token_ids)):
+            if not self.structured_output_manager.accept_tokens(request, delivered):
+                self.grammar_compile_error_reqs.add(request.request_id)  # how vLLM refuses one
+                return False
+            self._replay.take_over(request)
+        return may_go
 
     def _adapter_of(self, request: Request) -> int | None:
         return request.lora_request.lora_int_id if request.lora_request else None
@@ -165,7 +189,8 @@ class PipelineScheduler(Scheduler):
 
     def _end(self, request_ids: Iterable[str] | None) -> None:
         """End requests with an error; None: all of them."""
-        self._ended += self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR)
+        for request in self.finish_requests(request_ids, RequestStatus.FINISHED_ERROR):
+            self._untold.append((request.client_index, _error_output(request)))
 
     def give_up(self) -> None:
         """End all requests: their pipeline does not come back."""
@@ -174,14 +199,14 @@ class PipelineScheduler(Scheduler):
     def take_ended(self) -> dict[int, EngineCoreOutputs]:
         """What tells the clients of requests that were ended here, by client."""
         outputs: dict[int, EngineCoreOutputs] = {}
-        self._tell_ended(outputs)
+        self._tell(outputs)
         return outputs
 
-    def _tell_ended(self, outputs: dict[int, EngineCoreOutputs]) -> None:
-        ended, self._ended = self._ended, []
-        for request in ended:
-            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            of_client.outputs.append(_error_output(request))
+    def _tell(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """Put what no step has brought before what one did."""
+        untold, self._untold = self._untold, []
+        for client, output in reversed(untold):
+            outputs.setdefault(client, EngineCoreOutputs()).outputs.insert(0, output)
 
     def _ready(self) -> list[Request]:
         """Running requests with something to compute; first those held back last time."""
@@ -255,7 +280,7 @@ class PipelineScheduler(Scheduler):
         if self._drafter is not None:
             drafts = self._drafter.sampled(self._decoding_in(scheduler_output))
             self.update_draft_token_ids(drafts)
-        self._tell_ended(outputs)
+        self._tell(outputs)
         return outputs
 
     def _decoding_in(self, output: SchedulerOutput) -> list[Request]:

@@ -1,6 +1,8 @@
 """vLLM's own OpenAI server over a pipeline."""
 
+import asyncio
 import logging
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.usage.usage_lib import UsageContext
 
-from molink.core.errors import MolinkError
+from molink.core.errors import MolinkError, UsageError
 from molink.engine.compat import guard_routes
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
@@ -26,16 +28,17 @@ from molink.planning.dtypes import shared_dtype
 from molink.wire.to_engine import StagePlace
 
 logger = logging.getLogger("molink.engine")
+WATCH_S = 0.05
 SCHEDULER = "molink.engine.scheduler.PipelineScheduler"
 
 
-def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any, list[str]]:
+def parse_flags(model: str, socket: str, flags: list[str]) -> tuple[Any, list[str]]:
     """vLLM's arguments, and the user's engine flags, for the stages.
 
     Exits with status 2 and vLLM's message for what it does not take.
     """
     parser = FlagParser(prog="molink serve", allow_abbrev=False)
-    own = [f"--model={model}", f"--host={host}", f"--port={port}"]
+    own = [f"--model={model}", f"--uds={socket}"]
     arguments = make_arg_parser(parser).parse_args([*own, *flags])
     if arguments.served_model_name is None:
         arguments.served_model_name = [model]
@@ -43,8 +46,17 @@ def parse_flags(model: str, host: str, port: int, flags: list[str]) -> tuple[Any
     of_user = [flag for flag in parser.normalised if flag not in own]
     with _saying_what_is_wrong():
         refuse_owned(of_user)  # again: there may have been a file of flags
+        _refuse_tls(arguments)
         _check(arguments)
     return arguments, engine_flags_of(of_user)
+
+
+def _refuse_tls(arguments: Namespace) -> None:
+    """Raises UsageError: the gateway serves HTTPS, and takes its flags from the command line."""
+    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh"):
+        if getattr(arguments, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} cannot be given here: only on the command line of a head")
 
 
 def _check(arguments: Namespace) -> None:
@@ -67,20 +79,20 @@ def _saying_what_is_wrong() -> Iterator[None]:
 
 
 async def serve(
-    arguments: Namespace, stages: Sequence[StagePlace], customise: Callable[[Any], None]
+    arguments: Namespace, stages: Sequence[StagePlace], answers: Callable[[], None]
 ) -> None:
-    """Run the server until it is told to end.
+    """Run the server until it is told to end, or its engine core is gone.
 
     Args:
         stages: of the pipeline, in order.
-        customise: gets the FastAPI application before it starts.
+        answers: called when it answers.
     """
     set_partition([stage.end - stage.start for stage in stages])
     arguments.pipeline_parallel_size = len(stages)
     arguments.distributed_executor_backend = PipelineExecutor
     arguments.scheduler_cls = SCHEDULER
     arguments.async_scheduling = False
-    with _customised_app(customise), _saying_what_is_wrong():
+    with _customised_app(answers), _saying_what_is_wrong():
         _settle_dtype(arguments, stages)
         await entry.run_server(arguments)
 
@@ -96,8 +108,8 @@ def _settle_dtype(arguments: Namespace, stages: Sequence[StagePlace]) -> None:
 
 
 @contextmanager
-def _customised_app(customise: Callable[[Any], None]) -> Iterator[None]:
-    """Show `customise` the application that `run_server` builds.
+def _customised_app(answers: Callable[[], None]) -> Iterator[None]:
+    """Guard the routes of the application that `run_server` builds, and watch over it.
 
     `run_server` finds `build_app` in its own module; breaks if it gets it from elsewhere.
     """
@@ -106,7 +118,9 @@ def _customised_app(customise: Callable[[Any], None]) -> Iterator[None]:
     def build(*args: Any, **kwargs: Any) -> Any:
         app = build_app(*args, **kwargs)
         guard_routes(app)
-        customise(app)
+        # vLLM has built its stack already, so ours goes around it instead of into it.
+        stack = app.middleware_stack or app.build_middleware_stack()
+        app.middleware_stack = _Watch(app, stack, answers)
         return app
 
     entry.build_app = build
@@ -114,3 +128,36 @@ def _customised_app(customise: Callable[[Any], None]) -> Iterator[None]:
         yield
     finally:
         entry.build_app = build_app
+
+
+class _Watch:
+    """ASGI: says when the application has started, and ends the process with the engine core.
+
+    vLLM looks for a dead core every 5 s, and closes politely: the gateway would wait for that long
+    before another engine could begin.
+    """
+
+    def __init__(self, app: Any, stack: Any, answers: Callable[[], None]) -> None:
+        self._app = app
+        self._stack = stack
+        self._answers = answers
+        self._watching: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await self._stack(scope, receive, send)
+            return
+
+        async def forward(message: Any) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                self._watching = asyncio.create_task(self._watch(self._app.state.engine_client))
+                self._answers()
+
+        await self._stack(scope, receive, forward)
+
+    async def _watch(self, core: Any) -> None:
+        while not core.errored:  # noqa: ASYNC110 - vLLM has no event for it
+            await asyncio.sleep(WATCH_S)
+        logger.error("the engine core is gone, and so is this process")
+        os._exit(os.EX_SOFTWARE)

@@ -10,6 +10,7 @@ from molink.engine.environment import (
     OUTAGE_VARIABLE,
     PACING_VARIABLE,
     PARENT_VARIABLE,
+    SERVER_FLAGS_VARIABLE,
     SOCKET_VARIABLE,
     WIRE_VARIABLE,
     die_with_parent,
@@ -27,20 +28,19 @@ def main() -> None:
     # vLLM reads the environment while it is imported.
     import uvloop
 
+    from molink.engine.agent_client import AgentClient
     from molink.engine.server import parse_flags, serve
-    from molink.gateway.agent_client import AgentClient
-    from molink.gateway.app import customise
 
-    flags = json.loads(options.flags)
-    arguments, engine_flags = parse_flags(options.model, options.host, options.port, flags)
+    flags = json.loads(os.environ.pop(SERVER_FLAGS_VARIABLE))
+    arguments, engine_flags = parse_flags(options.model, str(options.http), flags)
     export(SOCKET_VARIABLE, str(options.socket))
     export(FLAGS_VARIABLE, json.dumps(engine_flags))
     export(WIRE_VARIABLE, options.wire)
     export(PACING_VARIABLE, options.pacing)
     export(OUTAGE_VARIABLE, str(options.max_outage))
-    client = AgentClient(options.socket, options.max_outage)
-    pipeline = client.wait_for_pipeline()
-    uvloop.run(serve(arguments, pipeline.stages, lambda app: customise(app, client)))
+    agent = AgentClient(options.socket)
+    pipeline = agent.wait_for_pipeline()
+    uvloop.run(serve(arguments, pipeline.stages, agent.report_serving))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,9 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--socket", type=Path, required=True)
     parser.add_argument("--run-folder", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--flags", required=True, help="JSON list of the user's vLLM flags")
+    parser.add_argument("--http", type=Path, required=True, help="socket to answer at")
     parser.add_argument("--wire", required=True, help="JSON of a WireFormat")
     parser.add_argument("--pacing", required=True, help="JSON of a Pacing")
     parser.add_argument("--max-outage", type=float, required=True, help="seconds")

@@ -1,11 +1,43 @@
 """Prometheus metrics of the cluster, beside vLLM's own."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from molink.cluster.view import ClusterView, LinkView
+from molink.gateway.connection import Answer
+from molink.gateway.http import Refusal
+
+
+class GatewayMetrics:
+    """What the gateway counts itself."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._in_flight = Gauge(
+            "molink_gateway_requests_in_flight", "Requests without an answer", registry=registry
+        )
+        self._answers = Counter(
+            "molink_gateway_answers", "Answers by status", ["status"], registry=registry
+        )
+        self.resumed = Counter(
+            "molink_gateway_streams_resumed",
+            "Streams that another engine has gone on with",
+            registry=registry,
+        )
+
+    @contextmanager
+    def counted(self, answer: Answer) -> Iterator[None]:
+        """Count a request while it is under way, and its answer."""
+        with self._in_flight.track_inprogress():
+            try:
+                yield
+            except Refusal as refusal:
+                self._answers.labels(refusal.status).inc()
+                raise
+        self._answers.labels(answer.status).inc()
 
 
 class ClusterCollector(Collector):

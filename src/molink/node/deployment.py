@@ -7,7 +7,7 @@ from molink.cluster.coordinator import Coordinator
 from molink.core.ids import HEAD, NodeId, Port
 from molink.core.plan import LayerRange, Pipeline, Stage
 from molink.node.paths import Paths
-from molink.wire import to_agent, to_engine
+from molink.wire import to_agent, to_engine, to_gateway
 from molink.wire.to_agent import EngineState, PaceDecision, StageAssigned
 from molink.wire.to_engine import (
     PipelineAssigned,
@@ -25,6 +25,8 @@ class Voice(Protocol):
     def tell(self, node: NodeId, message: to_agent.ToAgent) -> None: ...
 
     def tell_engine(self, message: to_engine.ToEngine) -> None: ...
+
+    def tell_gateway(self, message: to_gateway.ToGateway) -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -64,6 +66,7 @@ class Deployment:
             self.is_down, self.was_lost, self.serving = True, True, False
             self._trouble = reason  # the engine will say it too
             self._voice.tell_engine(PipelineDown(reason))
+            self._voice.tell_gateway(to_gateway.PipelineDown(reason))
 
     def take_half_loaded(self) -> frozenset[NodeId]:
         """Nodes whose stage was being loaded when the pipeline was lost again; told once."""
@@ -71,16 +74,17 @@ class Deployment:
         warming, self.warming = self.warming, {}
         return half_loaded | warming.keys()
 
-    def forget(self) -> None:
+    def forget(self, reason: str) -> None:
         """The engine that was told is gone; the next one starts from nothing."""
+        self._voice.tell_gateway(to_gateway.EngineGone(reason))
         self.pipeline = self.assigned = None
-        self.is_down = self.was_lost = False
+        self.is_down = self.was_lost = self.http_up = self.serving = False
         self.loading = frozenset()
         self.warming = {}
 
     @property
     def news(self) -> PipelineAssigned | PipelineDown | None:
-        """What a process that has just attached must know; None while nothing is planned."""
+        """What an engine that has just attached must know; None while nothing is planned."""
         return PipelineDown(self._trouble) if self.is_down else self.assigned
 
     async def assign(self, pipeline: Pipeline) -> None:
@@ -142,11 +146,11 @@ class Deployment:
     # The engine
 
     def engine_state(self, port: Port, state: EngineState) -> NodeId | None:
-        """The gateway says once that it answers; the engine says every second how it is.
+        """The HTTP server says once that it answers; the engine says every second how it is.
 
         Returns the node whose stage could not be loaded into the present pipeline.
         """
-        if port == Port.GATEWAY:
+        if port == Port.SERVER:
             self.http_up = True
             return None
         self.steps_in_flight, self.pace = state.steps_in_flight, state.pace

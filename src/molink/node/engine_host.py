@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from molink.core.errors import MolinkError, ProcessError, UsageError
+from molink.engine.environment import SERVER_FLAGS_VARIABLE
 from molink.node.home import RunFolder
 from molink.node.processes import EXIT_USAGE, Child, how_it_ended
 from molink.wire.to_engine import Pacing
@@ -19,8 +20,6 @@ class EngineSettings:
     """What the head's user said about the engine and its HTTP server."""
 
     model: str
-    host: str
-    port: int
     vllm_flags: tuple[str, ...]  # as typed, engine's and server's
     wire: WireFormat
     pacing: Pacing
@@ -50,22 +49,22 @@ class EngineHost:
 
     async def start(self) -> None:
         await self.stop()
+        self._run_folder.http.unlink(missing_ok=True)
         settings = self._settings
         self._child = Child(
             ENGINE_MODULE,
             [
                 f"--socket={self._run_folder.socket}",
                 f"--run-folder={self._run_folder.path}",
+                f"--http={self._run_folder.http}",
                 f"--model={settings.model}",
-                f"--host={settings.host}",
-                f"--port={settings.port}",
-                f"--flags={json.dumps(settings.vllm_flags)}",
                 f"--wire={settings.wire.to_json()}",
                 f"--pacing={settings.pacing.to_json()}",
                 f"--max-outage={settings.max_outage_s}",
             ],
             log=self._log,
             exited=self._exited,
+            environment={SERVER_FLAGS_VARIABLE: json.dumps(settings.vllm_flags)},
         )
         await self._child.start()
 

@@ -28,6 +28,7 @@ from molink.node.agent import Agent
 from molink.node.deployment import Deployment
 from molink.node.engine_host import EngineHost
 from molink.node.enrolment import enrol
+from molink.node.gateway_host import GatewayHost
 from molink.node.home import RunFolder
 from molink.node.reports import Reports
 from molink.node.stage_host import StageHost, StageSettings
@@ -36,7 +37,7 @@ from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity
 from molink.transport.server import Accepted, LinkServer
 from molink.transport.tunnel import TunnelExit
-from molink.wire import to_agent, to_engine, to_head
+from molink.wire import to_agent, to_engine, to_gateway, to_head
 from molink.wire.frames import FrameHeader
 from molink.wire.to_agent import (
     Attach,
@@ -53,6 +54,7 @@ from molink.wire.to_agent import (
 )
 
 VIEW_INTERVAL_S = 1.0
+GATEWAY_PAUSE_S = 1.0  # before another one starts
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class HeadAgent(Agent):
         run_folder: RunFolder,
         stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
         engine_host: Callable[[Callable[[MolinkError], None]], EngineHost],
+        gateway_host: Callable[[Callable[[MolinkError], None]], GatewayHost],
         say: Callable[[str], None],
         show_download: Callable[[Downloading | None], None],
         api: TunnelExit,
@@ -95,6 +98,7 @@ class HeadAgent(Agent):
         self._deployment = Deployment(coordinator, self, settings.http)
         self._stage = stage_host(self._own_stage_gone)
         self._engine = engine_host(self._engine_gone)
+        self._gateway = gateway_host(self._gateway_gone)
         self._server = LinkServer(
             lambda: authority.certificate_pem,
             self._accept,
@@ -130,6 +134,7 @@ class HeadAgent(Agent):
         self._coordinator.admit(HEAD, hello)
         assert self._coordinator.state.model is not None
         self._held[HEAD] = HeldModel.of(self._coordinator.state.model)
+        await self._gateway.start()
         await self._engine.start()
         if self._settings.layers == "none":
             nothing = Resources("none", 0, 0, 0.0, 0.0)
@@ -149,7 +154,7 @@ class HeadAgent(Agent):
     async def _stop(self) -> None:
         for node in list(self.switch.links):
             self.tell(node, Shutdown("the head has ended"))
-        await asyncio.gather(self._engine.stop(), self._stage.stop())
+        await asyncio.gather(self._gateway.stop(), self._engine.stop(), self._stage.stop())
         await self._server.stop()
         self.close_local()
 
@@ -158,9 +163,12 @@ class HeadAgent(Agent):
 
     def tell_engine(self, message: to_engine.ToEngine) -> None:
         payload = to_engine.encode(message)
-        for port in (Port.GATEWAY, Port.ENGINE):
+        for port in (Port.SERVER, Port.ENGINE):
             self.send_control(HEAD, port, payload)
         self.publish_view()
+
+    def tell_gateway(self, message: to_gateway.ToGateway) -> None:
+        self.send_control(HEAD, Port.GATEWAY, to_gateway.encode(message))
 
     # Nodes come and go
 
@@ -268,7 +276,7 @@ class HeadAgent(Agent):
     def on_local(self, header: FrameHeader, message: to_agent.ToAgent) -> None:
         super().on_local(header, message)
         match message:
-            case Attach() if header.source.port in (Port.ENGINE, Port.GATEWAY):
+            case Attach() if header.source.port in (Port.ENGINE, Port.SERVER):
                 if (news := self._deployment.news) is not None:
                     self.send_control(HEAD, header.source.port, to_engine.encode(news))
             case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
@@ -408,16 +416,29 @@ class HeadAgent(Agent):
     # The engine
 
     def _engine_gone(self, reason: MolinkError) -> None:
-        """An engine that lost its pipeline while it loaded begins anew; any other end is ours."""
-        if self._deployment.http_up or not self._deployment.was_lost:
+        """One that has served, or lost its pipeline while it loaded, begins anew; else we end."""
+        if self._deployment.http_up:
+            self.say(f"{reason}\nstarting another engine; requests wait for it")
+        elif not self._deployment.was_lost:
             self.fail(self._engine_failure or reason)
-        else:
-            self.spawn(self._restart_engine(), is_vital=True)
+            return
+        self.spawn(self._restart_engine(), is_vital=True)
+
+    def _gateway_gone(self, reason: MolinkError) -> None:
+        if isinstance(reason, UsageError):
+            self.fail(reason)
+            return
+        self.say(f"{reason}\nstarting another gateway")
+        self.spawn(self._restart_gateway(), is_vital=True)
+
+    async def _restart_gateway(self) -> None:
+        await asyncio.sleep(GATEWAY_PAUSE_S)
+        await self._gateway.start()
 
     async def _restart_engine(self) -> None:
         """Give a new engine stages that hold nothing, on whatever nodes there are by then."""
         nodes = self._deployment.nodes
-        self._deployment.forget()
+        self._deployment.forget("the engine has ended; another one is starting")
         self._coordinator.drop_pipeline()
         self._engine_failure = None
         await self._empty_stages(nodes, "its engine starts anew")
@@ -451,8 +472,7 @@ class HeadAgent(Agent):
             await asyncio.sleep(VIEW_INTERVAL_S)
 
     def publish_view(self) -> None:
-        message = to_engine.ClusterView(self._reports.view_json())
-        self.send_control(HEAD, Port.GATEWAY, to_engine.encode(message))
+        self.tell_gateway(to_gateway.ClusterView(self._reports.view_json()))
 
     def _tell_path(self) -> None:
         if (path := self._reports.path()) is not None:

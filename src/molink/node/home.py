@@ -82,7 +82,13 @@ class RunFolder:
 
     @property
     def socket(self) -> Path:
+        """Of the agent."""
         return self.path / "agent.sock"
+
+    @property
+    def http(self) -> Path:
+        """Of the engine's HTTP server."""
+        return self.path / "http.sock"
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

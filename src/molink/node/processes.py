@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from molink.core.errors import ProcessError
@@ -26,6 +26,7 @@ class Child:
 
     Args:
         module: run as `python -m module`.
+        environment: more variables for it; unlike arguments, no other user sees them.
         exited: called once with the exit status, unless `stop` ended it.
     """
 
@@ -36,10 +37,12 @@ class Child:
         *,
         log: Path,
         exited: ExitHandler,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
         self.log = log
         self._exited = exited
+        self._environment = environment or {}
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._starting = asyncio.Lock()
@@ -64,7 +67,7 @@ class Child:
         with open(self.log, "wb") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *self._command,
-                env=os.environ | {PARENT_VARIABLE: str(os.getpid())},
+                env={**os.environ, **self._environment, PARENT_VARIABLE: str(os.getpid())},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

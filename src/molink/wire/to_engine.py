@@ -1,4 +1,4 @@
-"""What the head's agent tells the engine and the gateway in front of it."""
+"""What the head's agent tells the engine and its HTTP server."""
 
 from typing import Annotated, Literal, Self
 
@@ -57,12 +57,6 @@ class StandbyDropped(msgspec.Struct, frozen=True, tag=True):
     node: int
 
 
-class ClusterView(msgspec.Struct, frozen=True, tag=True):
-    """What the cluster looks like; sent to the gateway every second."""
-
-    view: bytes  # JSON, as `/cluster` serves it
-
-
 class HopFigures(msgspec.Struct, frozen=True):
     """What lies between two stages. None: not known yet."""
 
@@ -104,7 +98,6 @@ ToEngine = (
     | StandbyChosen
     | StandbyDropped
     | PathMeasured
-    | ClusterView
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -25,9 +25,10 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from molink.engine.footprint import traits_of
 from molink.engine.lost import LostStep, losses
-from molink.engine.replay import MOST_SETBACKS
+from molink.engine.replay import MOST_SETBACKS, Restored
 from molink.engine.scheduler import PipelineScheduler
 from molink.planning.micro_batches import decodes_per_step
+from molink.wire.delivered import key_of
 from molink.wire.to_agent import StageCounters, StepCost
 from molink.wire.to_engine import HopFigures, PathMeasured
 
@@ -57,6 +58,7 @@ class Engine:
         self.in_flight: deque[tuple[SchedulerOutput, list[str]]] = deque()
         self.steps: list[dict[str, int]] = []  # tokens of each request
         self.outputs: list[EngineCoreOutput] = []
+        self.restored: list[Restored] = []
         self._hasher = get_request_block_hasher(BLOCK, sha256)
 
     def add(
@@ -78,6 +80,7 @@ class Engine:
         whole = [r.request_id for r in requests if r.num_computed_tokens >= r.num_tokens]
         self.in_flight.append((output, whole))
         self.steps.append(taken)
+        self.restored += traits_of(output).restored
         self.last = output
         is_idle = not taken and not self.scheduler.has_requests()
         if len(self.in_flight) == self.deepest or is_idle:
@@ -515,4 +518,72 @@ def test_a_step_has_no_more_adapters_than_a_stage(
     for step in engine.steps:
         assert len({adapters[name] for name in step} - {0}) <= MAX_LORAS
     assert engine.ended.keys() == adapters.keys()
+    engine.check_blocks()
+
+
+# --- requests that an engine before this one began
+
+
+def delivered(*tokens: int, prompt: int = 0, choice: int = 0) -> dict[str, list[int]]:
+    return {key_of(prompt, choice): list(tokens)}
+
+
+def test_a_request_goes_on_after_the_tokens_that_its_client_has(make: Make) -> None:
+    engine = make(2)
+    extra = delivered(3, 4, 5) | {"of-user": [1]}
+    engine.add("cmpl-1-0-0123abcd", 20, max_tokens=6, extra_args=extra)
+    engine.drain()
+    told = [output.new_token_ids for output in engine.outputs]
+    assert told == [[3, 4, 5], [7], [7], [7]]
+    assert engine.ended == {"cmpl-1-0-0123abcd": FinishReason.LENGTH}
+    assert engine.steps[0] == {"cmpl-1-0-0123abcd": 23}
+    assert engine.restored[0].output == [3, 4, 5]
+    assert engine.restored[0].request.sampling_params.extra_args == {"of-user": [1]}
+    engine.check_blocks()
+
+
+def test_each_choice_gets_its_own_tokens_again(make: Make) -> None:
+    engine = make(2)
+    extra = delivered(1, prompt=0, choice=1) | delivered(2, 2, prompt=1, choice=0)
+    names = ["0_cmpl-a-0-0123abcd", "1_cmpl-a-0-0123abcd", "0_cmpl-a-1-0123abcd"]
+    for name in names:
+        engine.add(name, 5, max_tokens=3, extra_args=extra)
+    engine.drain()
+    tokens: dict[str, list[int]] = {}
+    for output in engine.outputs:
+        tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+    assert [tokens[name] for name in names] == [[7, 7, 7], [1, 7, 7], [2, 2, 7]]
+
+
+def test_a_request_whose_last_token_was_delivered_only_has_to_end(make: Make) -> None:
+    engine = make(2)
+    engine.add("chatcmpl-1-0123abcd", 20, max_tokens=2, extra_args=delivered(3, 4))
+    engine.add("cmpl-2-0-0123abcd", 20, stop_token_ids=[4], extra_args=delivered(3, 4), logprobs=2)
+    engine.drain()
+    assert [output.new_token_ids for output in engine.outputs] == [[3, 4], [3, 4]]
+    assert [output.stop_reason for output in engine.outputs] == [None, 4]
+    reasons = [FinishReason.LENGTH, FinishReason.STOP]
+    assert list(engine.ended.values()) == reasons
+    assert engine.outputs[1].new_logprobs is not None
+    assert engine.outputs[1].new_logprobs.logprob_token_ids.tolist() == [[3], [4]]
+    engine.check_blocks()
+
+
+@pytest.mark.parametrize("tokens", [[-1], [10**9], ["x"], [1.5], "no list", [1] * 4])
+def test_what_cannot_have_been_delivered_ends_a_request(make: Make, tokens: Any) -> None:
+    engine = make(2)
+    engine.add("cmpl-1-0-0123abcd", 20, max_tokens=3, extra_args={key_of(0, 0): tokens})
+    engine.drain()
+    assert engine.ended == {"cmpl-1-0-0123abcd": FinishReason.ERROR}
+    engine.check_blocks()
+
+
+def test_a_request_that_goes_on_survives_the_loss_of_a_stage(make: Make) -> None:
+    engine = make(2)
+    engine.add("cmpl-1-0-0123abcd", 20, max_tokens=6, extra_args=delivered(3, 4, 5))
+    engine.step()
+    losses.count += 1
+    engine.take_answer(LostStep.because("gone"))
+    engine.drain()
+    assert [t for output in engine.outputs for t in output.new_token_ids] == [3, 4, 5, 7, 7, 7]
     engine.check_blocks()

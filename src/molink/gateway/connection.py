@@ -1,0 +1,269 @@
+"""A client's connection: reads its requests one after the other, and writes their answers."""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Protocol, cast
+
+import httptools
+
+from molink.gateway.http import (
+    JSON_HEADERS,
+    LAST_CHUNK,
+    MAX_BODY,
+    MAX_HEAD,
+    Headers,
+    Refusal,
+    Request,
+    chunk,
+    head,
+    status_line,
+)
+
+logger = logging.getLogger("molink.gateway")
+
+HEAD_TIMEOUT_S = 30.0  # from a request's first byte to the end of its headers
+QUIET_TIMEOUT_S = 60.0  # between two pieces of a body
+IDLE_TIMEOUT_S = 120.0  # between two requests
+STALLED_TIMEOUT_S = 60.0  # that a client may not read while there is something for it
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Handler(Protocol):
+    """Answers one request; is cancelled when the client goes away."""
+
+    def __call__(self, request: Request, answer: "Answer") -> Awaitable[None]: ...
+
+
+class Connection(asyncio.Protocol):
+    """One client. Requests that come before the answer to the last one wait for their turn.
+
+    Args:
+        handle: answers requests.
+        closed: called once when it is gone.
+    """
+
+    def __init__(self, handle: Handler, closed: Callable[["Connection"], None]) -> None:
+        self._handle = handle
+        self._closed = closed
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport
+        self._request = Request(b"", b"")  # that is being read
+        self._body = bytearray()
+        self._head_size = 0
+        self._ready: deque[Request] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self._is_ending = False
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._loop = asyncio.get_running_loop()
+        self._waits_since = self._loop.time()  # for the client's next bytes
+        self._timeout_s = IDLE_TIMEOUT_S
+
+    # What asyncio tells it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._timeout_s == IDLE_TIMEOUT_S:
+            self._waits_for(HEAD_TIMEOUT_S)
+        elif self._timeout_s == QUIET_TIMEOUT_S:
+            self._waits_for(QUIET_TIMEOUT_S)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # to HTTP/2, which we may decline: the request is answered
+        except httptools.HttpParserError as error:
+            refusal = error.__context__
+            if not isinstance(refusal, Refusal):
+                refusal = Refusal(400, "BadRequestError", f"no HTTP request: {error}")
+            self._refuse(refusal)
+
+    def eof_received(self) -> bool:
+        return False  # a client that has closed one half is gone
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._is_ending = True
+        if self._task is not None:
+            self._task.cancel()
+        self._writable.set()
+        self._closed(self)
+
+    def pause_writing(self) -> None:
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        self._writable.set()
+
+    # What the parser tells it
+
+    def on_message_begin(self) -> None:
+        self._request = Request(b"", b"")
+        self._body.clear()
+        self._head_size = 0
+
+    def on_url(self, part: bytes) -> None:
+        self._add_to_head(len(part))
+        self._request.target += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._add_to_head(len(name) + len(value))
+        self._request.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        self._request.method = self._parser.get_method()
+        self._waits_for(QUIET_TIMEOUT_S)
+        if (self._request.header(b"upgrade") or b"").lower() == b"websocket":
+            raise Refusal(501, "NotImplementedError", "the gateway takes no WebSockets")
+        if (length := self._request.header(b"content-length")) is not None:
+            self._check_body(int(length))
+        if (self._request.header(b"expect") or b"").lower() == b"100-continue" and not self._task:
+            self._transport.write(_CONTINUE)
+
+    def on_body(self, part: bytes) -> None:
+        self._check_body(len(self._body) + len(part))
+        self._body += part
+
+    def on_message_complete(self) -> None:
+        request = self._request
+        request.body = bytes(self._body)
+        request.keeps_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
+        request.is_old = self._parser.get_http_version() == "1.0"
+        self._ready.append(request)
+        if self._task is None:
+            self._answer_next()
+        else:
+            self._transport.pause_reading()  # nobody is served faster who asks for more at once
+
+    def _add_to_head(self, size: int) -> None:
+        self._head_size += size
+        if self._head_size > MAX_HEAD:
+            text = f"the headers are larger than {MAX_HEAD} bytes"
+            raise Refusal(431, "RequestHeaderFieldsTooLargeError", text)
+
+    def _check_body(self, size: int) -> None:
+        if size > MAX_BODY:
+            text = f"the body is larger than {MAX_BODY} bytes"
+            raise Refusal(413, "RequestEntityTooLargeError", text)
+
+    # Answers
+
+    def _answer_next(self) -> None:
+        self._timeout_s = float("inf")
+        request = self._ready.popleft()
+        self._task = self._loop.create_task(self._answer(request))
+
+    async def _answer(self, request: Request) -> None:
+        answer = Answer(self._transport, self._writable, request)
+        try:
+            await self._handle(request, answer)
+        except Refusal as refusal:
+            answer.refuse(refusal)
+        except ClientGone:
+            self._transport.abort()
+        except Exception:
+            logger.exception("%s %s", request.method, request.path)
+            answer.refuse(Refusal(500, "InternalServerError", "the gateway failed; see its log"))
+        self._task = None
+        if not request.keeps_alive or not answer.is_complete:
+            self.end()
+        elif self._ready:
+            self._answer_next()
+        elif not self._is_ending:
+            self._transport.resume_reading()
+            self._waits_for(IDLE_TIMEOUT_S)
+        else:
+            self._transport.close()
+
+    def _refuse(self, refusal: Refusal) -> None:
+        """What comes further on this connection is not understood."""
+        if not self._is_ending and self._task is None:
+            answer = Answer(self._transport, self._writable, Request(b"GET", b"", is_old=True))
+            answer.refuse(refusal)
+        self.end()
+
+    def end(self) -> None:
+        """Close it, once what is under way is answered."""
+        self._is_ending = True
+        if self._task is None:
+            self._transport.close()
+
+    def _waits_for(self, timeout_s: float) -> None:
+        self._waits_since, self._timeout_s = self._loop.time(), timeout_s
+
+    def check_time(self, now: float) -> None:
+        """End it if its client has kept it waiting for too long."""
+        if now - self._waits_since > self._timeout_s:
+            if self._timeout_s == IDLE_TIMEOUT_S:
+                self.end()
+            else:
+                self._refuse(Refusal(408, "RequestTimeoutError", "the request took too long"))
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Answer:
+    """The answer to one request, written as it comes."""
+
+    def __init__(
+        self, transport: asyncio.Transport, writable: asyncio.Event, request: Request
+    ) -> None:
+        self._transport = transport
+        self._writable = writable
+        self._request = request
+        self._is_chunked = False
+        self.status = 0
+        self.is_begun = False
+        self.is_complete = False
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Send all of it."""
+        own = (b"content-length", str(len(body)).encode())
+        shown = b"" if self._request.method == b"HEAD" else body
+        self._begin(status, [*headers, own], shown)
+        self.is_complete = True
+
+    def json(self, body: bytes) -> None:
+        """Send JSON, with status 200."""
+        self.whole(200, JSON_HEADERS, body)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Send an error instead of an answer; what has begun is cut off."""
+        if not self.is_begun:
+            self.whole(refusal.status, refusal.headers, refusal.body)
+
+    def begin(self, status: int, headers: Headers) -> None:
+        """Send the head of a body whose length is not known."""
+        self._is_chunked = not self._request.is_old
+        if self._is_chunked:
+            headers = [*headers, (b"transfer-encoding", b"chunked")]
+        else:
+            self._request.keeps_alive = False
+        self._begin(status, headers, b"")
+
+    def _begin(self, status: int, headers: Headers, body: bytes) -> None:
+        self.status, self.is_begun = status, True
+        if not self._request.keeps_alive:
+            headers = [*headers, (b"connection", b"close")]
+        self._transport.write(head(status_line(status), headers) + body)
+
+    async def write(self, data: bytes) -> None:
+        """Send a piece of the body. Raises ClientGone if the client has stopped reading."""
+        if data:
+            self._transport.write(chunk(data) if self._is_chunked else data)
+        if not self._writable.is_set():
+            try:
+                await asyncio.wait_for(self._writable.wait(), STALLED_TIMEOUT_S)
+            except TimeoutError:
+                raise ClientGone from None
+
+    def end(self) -> None:
+        """The body is complete."""
+        if self._is_chunked:
+            self._transport.write(LAST_CHUNK)
+        self.is_complete = True

@@ -1,0 +1,246 @@
+"""The gateway: what it answers itself, and how it gets everything else from the engine.
+
+A request outlives the engine that began it. Until its client has something of the answer it is
+asked again as a whole; a stream of completions goes on behind what the client has.
+"""
+
+import asyncio
+import contextlib
+import re
+
+import msgspec
+from prometheus_client import CollectorRegistry, generate_latest
+
+from molink.gateway.adapters import LOAD_PATH, UNLOAD_PATH, Adapters, refuse_in_place
+from molink.gateway.agent_client import AgentClient
+from molink.gateway.connection import Answer
+from molink.gateway.generation import Generation
+from molink.gateway.http import Headers, Refusal, Request, end_to_end
+from molink.gateway.metrics import ClusterCollector, GatewayMetrics
+from molink.gateway.stream import DONE, DivergedError
+from molink.gateway.upstream import Reply, Upstream, UpstreamLostError
+
+RETRY_AFTER_S = 5
+NOTICE_S = 1.0  # in which the agent says that the engine is gone, or has lost its pipeline
+RECONNECT_S = 0.2
+MOST_SETBACKS = 3  # engines that ended in a row before a request got a token
+
+UNAVAILABLE = "ServiceUnavailableError"
+INTERNAL = "InternalServerError"
+METRICS_HEADERS: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
+ALWAYS_ANSWERED = ("/version", "/ping")  # by an engine whose pipeline is down
+NEVER_WAIT = ("/health", LOAD_PATH, UNLOAD_PATH)
+_INTERNAL_ERROR = re.compile(
+    rb'^((?:data: )?\{"error": ?)\{"message": ?"Internal server error"[^}]*\}', re.MULTILINE
+)
+"""How vLLM ends the stream of a request that has failed, and so does `/generate`."""
+
+
+class Gateway:
+    """Answers the requests of all clients."""
+
+    def __init__(self, agent: AgentClient, engine: Upstream) -> None:
+        self._agent = agent
+        self._engine = engine
+        self._adapters = Adapters()
+        self._registry = CollectorRegistry()
+        self._registry.register(ClusterCollector(lambda: agent.view))
+        self._metrics = GatewayMetrics(self._registry)
+
+    async def __call__(self, request: Request, answer: Answer) -> None:
+        if request.path == "/cluster":
+            answer.json(self._agent.view_json)
+        elif request.path == "/metrics":
+            await self._show_metrics(request, answer)
+        else:
+            if request.path == LOAD_PATH:
+                refuse_in_place(request.body)
+            exchange = _Exchange(request, answer, self._agent, self._engine, self._adapters)
+            with self._metrics.counted(answer):
+                await exchange.run()
+            self._metrics.resumed.inc(exchange.times_resumed)
+
+    async def _show_metrics(self, request: Request, answer: Answer) -> None:
+        """The engine's, if there is one, and ours."""
+        text, headers = b"", METRICS_HEADERS
+        with contextlib.suppress(UpstreamLostError):
+            reply = await self._engine.request(b"GET", b"/metrics", request.headers, b"")
+            try:
+                text, headers = await reply.read_all(), end_to_end(reply.headers)
+            finally:
+                reply.close()
+        answer.whole(200, headers, text + generate_latest(self._registry))
+
+
+class _Exchange:
+    """One request, and what engines say to it."""
+
+    def __init__(
+        self,
+        request: Request,
+        answer: Answer,
+        agent: AgentClient,
+        engine: Upstream,
+        adapters: Adapters,
+    ) -> None:
+        self._request = request
+        self._path = request.path
+        self._answer = answer
+        self._agent = agent
+        self._engine = engine
+        self._adapters = adapters
+        self._generation = Generation.read(request.path, request.body)
+        self._body = self._generation.body if self._generation else request.body
+        self._engines_lost = agent.engines_lost
+        self._setbacks = 0
+        self.times_resumed = 0
+
+    async def run(self) -> None:
+        """Answer the client, if need be from several engines. Raises Refusal."""
+        try:
+            while True:
+                self._refuse_what_cannot_wait()
+                self._engines_lost, tokens = self._agent.engines_lost, self._num_tokens
+                try:
+                    return await self._ask()
+                except UpstreamLostError as error:
+                    await self._lost(error, has_more=self._num_tokens > tokens)
+        except Refusal as refusal:
+            if not self._answer.is_begun:
+                raise
+            await self._break_off(msgspec.json.encode(refusal.error))
+
+    @property
+    def _num_tokens(self) -> int:
+        return self._generation.stream.num_tokens if self._generation else 0
+
+    def _refuse_what_cannot_wait(self) -> None:
+        if self._agent.down is None or self._path in ALWAYS_ANSWERED:
+            return
+        if self._path in NEVER_WAIT or not self._agent.waits_for_s:
+            raise self._unavailable()
+
+    def _unavailable(self) -> Refusal:
+        return Refusal(503, UNAVAILABLE, self._agent.trouble, RETRY_AFTER_S)
+
+    async def _break_off(self, error: bytes) -> None:
+        """End a stream with an error, whose JSON this is."""
+        await self._answer.write(b'data: {"error": %b}\n\n%b\n\n' % (error, DONE))
+        self._answer.end()
+
+    # What the engine says
+
+    async def _ask(self) -> None:
+        """Raises UpstreamLostError if an engine may yet answer, Refusal if none will."""
+        await self._adapters.load(self._engine, self._engines_lost)
+        asked = self._request
+        reply = await self._engine.request(asked.method, asked.target, asked.headers, self._body)
+        try:
+            if not _is_stream(reply.headers):
+                await self._pass_whole(reply)
+            elif self._generation is not None and reply.status == 200:
+                await self._pass_stream(reply, self._generation)
+            else:
+                await self._pass_pieces(reply)
+        finally:
+            reply.close()
+
+    async def _pass_whole(self, reply: Reply) -> None:
+        body = await reply.read_all()
+        if reply.status == 500:
+            await self._refuse_if_down()
+        if self._answer.is_begun:  # a stream, to which this engine says no
+            await self._break_off(_error_in(body))
+            return
+        self._adapters.note(self._path, self._request.body, reply.status)
+        self._answer.whole(reply.status, end_to_end(reply.headers), body)
+
+    async def _refuse_if_down(self) -> None:
+        """After a failure inside the engine: raises what it comes from, if it is known."""
+        if await self._is_engine_gone():
+            raise UpstreamLostError("the engine is gone")
+        if self._agent.down is not None:
+            raise self._unavailable()
+
+    async def _is_engine_gone(self) -> bool:
+        """Whether it is: the agent may say so only after the request has failed."""
+        if self._agent.engines_lost == self._engines_lost and self._agent.down is None:
+            await self._agent.change(NOTICE_S)
+        return self._agent.engines_lost != self._engines_lost
+
+    async def _pass_stream(self, reply: Reply, generation: Generation) -> None:
+        stream = generation.stream
+        if not self._answer.is_begun:
+            self._answer.begin(200, end_to_end(reply.headers))
+        while not stream.failure and (data := await reply.read()):
+            await self._answer.write(stream.pass_on(data))
+        if isinstance(stream.failure, DivergedError):
+            raise Refusal(500, INTERNAL, "the engine was lost, and another one goes on differently")
+        if stream.failure is not None:
+            await self._refuse_if_down()
+            await self._break_off(stream.failure.error)
+        elif not stream.is_done:
+            raise UpstreamLostError("the stream has no end")
+        else:
+            self._answer.end()
+
+    async def _pass_pieces(self, reply: Reply) -> None:
+        """A stream that only the engine understands."""
+        while data := await reply.read():
+            if _INTERNAL_ERROR.search(data):
+                await self._is_engine_gone()
+                if self._agent.down is not None:
+                    data = self._explained(data)
+            if not self._answer.is_begun:
+                self._answer.begin(reply.status, end_to_end(reply.headers))
+            await self._answer.write(data)
+        self._answer.end()
+
+    def _explained(self, data: bytes) -> bytes:
+        """An event that says «internal server error», with what has happened."""
+        error = msgspec.json.encode(self._unavailable().error)
+        return _INTERNAL_ERROR.sub(lambda found: found[1] + error, data)
+
+    # Engines that are gone
+
+    async def _lost(self, error: UpstreamLostError, *, has_more: bool) -> None:
+        """Wait for an engine to ask next. Raises Refusal if there is none, or none could go on.
+
+        Args:
+            has_more: the engine that is gone had brought something.
+        """
+        if self._path in NEVER_WAIT:
+            raise Refusal(503, UNAVAILABLE, str(error), RETRY_AFTER_S)
+        if await self._is_engine_gone():
+            self._setbacks = 1 if has_more else self._setbacks + 1
+        else:
+            await asyncio.sleep(RECONNECT_S)
+        if self._setbacks == MOST_SETBACKS:
+            text = f"{MOST_SETBACKS} engines in a row have ended while they computed this request"
+            raise Refusal(500, INTERNAL, text)
+        await self._wait_for_engine()
+        if not self._answer.is_begun:
+            return
+        if self._generation is None or not self._generation.stream.can_go_on:
+            text = "the engine was lost, and the rest of this stream with it; ask again"
+            raise Refusal(503, UNAVAILABLE, text)
+        self._body = self._generation.rest()
+        self.times_resumed += 1
+
+    async def _wait_for_engine(self) -> None:
+        while self._agent.down is not None:
+            if not self._agent.waits_for_s:
+                raise self._unavailable()
+            await self._agent.change(self._agent.waits_for_s)
+
+
+def _is_stream(headers: Headers) -> bool:
+    return any(name == b"transfer-encoding" for name, _ in headers)
+
+
+def _error_in(body: bytes) -> bytes:
+    """The error of an answer in OpenAI's form, as JSON."""
+    try:
+        return bytes(msgspec.json.decode(body, type=dict[str, msgspec.Raw])["error"])
+    except (msgspec.DecodeError, KeyError):
+        return msgspec.json.encode({"message": body[:1000].decode(errors="replace")})
