@@ -90,23 +90,35 @@ def undisturbed(cluster: Cluster) -> list[dict[int, list[Any]]]:
         return [stream.choices for stream in threads.map(Stream.run, streams_of(cluster))]
 
 
+def stages_of(cluster: Cluster) -> list[int]:
+    """Process ids."""
+    machines = (m.processes("molink.entrypoints.stage") for m in cluster.machines)
+    return [process.pid for processes in machines for process in processes]
+
+
 def victim(cluster: Cluster, which: str) -> psutil.Process:
     (process,) = cluster.head.processes(which)
     return process
 
 
-@pytest.mark.parametrize("which", [CORE, ENGINE])
+@pytest.mark.parametrize(
+    ("which", "number"),
+    [(CORE, signal.SIGKILL), (ENGINE, signal.SIGKILL), (ENGINE, signal.SIGTERM)],
+)
 def test_every_stream_goes_on_where_it_was(
-    which: str, cluster: Cluster, undisturbed: list[dict[int, list[Any]]]
+    which: str,
+    number: signal.Signals,
+    cluster: Cluster,
+    undisturbed: list[dict[int, list[Any]]],
 ) -> None:
-    streams = streams_of(cluster)
+    streams, stages = streams_of(cluster), stages_of(cluster)
     whole = make_completion(make_prompt(20, 30), **LONG)
     (expected,) = cluster.ask([whole])
     with ThreadPoolExecutor(len(streams) + 1) as threads:
         running: list[Future[Any]] = [threads.submit(stream.run) for stream in streams]
         asked = threads.submit(cluster.ask, [whole])
         eventually(lambda: all(len(s.events) > BEGUN for s in streams), REPAIR_S, "all begin")
-        victim(cluster, which).send_signal(signal.SIGKILL)
+        victim(cluster, which).send_signal(number)
         assert not any(stream.is_done for stream in streams)
         for stream in running:
             stream.result(REPAIR_S)
@@ -115,6 +127,7 @@ def test_every_stream_goes_on_where_it_was(
     assert all(stream.is_done for stream in streams)
     assert all(len({event["id"] for event in stream.events}) == 1 for stream in streams)
     assert answer["choices"][0]["token_ids"] == expected["choices"][0]["token_ids"]
+    assert stages_of(cluster) == stages  # they were not loaded again
     resumed = cluster.metrics()["molink_gateway_streams_resumed_total"]
     assert resumed >= len(streams)
 

@@ -35,6 +35,7 @@ class FoundModel:
     folder: Path
     config: dict[str, Any]
     revision: str | None  # commit on the hub; None for a plain folder
+    stamp: frozenset[tuple[str, int, int]]  # name, size and time of a plain folder's files
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -57,8 +58,14 @@ def find_model(name: str, revision: str | None = None) -> FoundModel:
     """
     folder = _find(name, revision)
     config = read_json(folder / "config.json")
-    is_commit = _COMMIT.fullmatch(folder.name) is not None
-    return FoundModel(name, folder, config, folder.name if is_commit else revision)
+    if _COMMIT.fullmatch(folder.name):
+        return FoundModel(name, folder, config, folder.name, frozenset())
+    return FoundModel(name, folder, config, revision, _stamp(folder))
+
+
+def _stamp(folder: Path) -> frozenset[tuple[str, int, int]]:
+    found = ((path, path.stat()) for path in folder.iterdir() if path.is_file())
+    return frozenset((path.name, stat.st_size, stat.st_mtime_ns) for path, stat in found)
 
 
 def read_model(name: str, revision: str | None = None) -> ModelFacts:

@@ -28,9 +28,14 @@ def first_stages(
     Without it all pinned nodes take part, as soon as they cover the model or others are there for
     what they leave; of those no more than needed. Nodes that joined to stand by do not count.
 
+    The stages of the last pipeline come again if their nodes are those that take part now: they may
+    hold the layers still.
+
     Raises:
         PlanError: the nodes wanted are there, but cannot make a pipeline.
     """
+    if _are_wanted(state.last_stages, state, nodes_wanted):
+        return state.last_stages
     if nodes_wanted is None:
         return _around_pinned(state, model)
     ready = _for_stages(state)
@@ -48,6 +53,22 @@ def first_stages(
             if len(nodes) == nodes_wanted or all(node.layers for node in chosen):
                 raise
             nodes.remove(min((n for n in chosen if not n.layers), key=_free_bytes))
+
+
+def _are_wanted(stages: tuple[Stage, ...], state: ClusterState, nodes_wanted: int | None) -> bool:
+    """Whether stages of before can be those of now."""
+    if not stages or not all(_has_returned(state, stage) for stage in stages):
+        return False
+    ready = {node.id for node in state.ready}
+    if nodes_wanted is None:
+        return {node.id for node in _for_stages(state) if node.layers} <= {s.node for s in stages}
+    idle = {node.id for node in state.ready if not node.computes}
+    return len(idle) + len(stages) == nodes_wanted <= len(ready)
+
+
+def _has_returned(state: ClusterState, stage: Stage) -> bool:
+    node = state.node(stage.node)
+    return node.status is NodeStatus.READY and _may_take(node, stage)
 
 
 def _for_stages(state: ClusterState) -> list[NodeRecord]:

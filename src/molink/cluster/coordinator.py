@@ -12,6 +12,7 @@ from molink.cluster.assignment import (
     next_standby,
 )
 from molink.cluster.events import (
+    EngineLost,
     Event,
     HeadStarted,
     NodeEnrolled,
@@ -151,6 +152,10 @@ class Coordinator:
         """A node's stage process ended; nothing happens for a node that is lost itself."""
         if self._known(node).is_connected:
             self._record(StageLost(node, reason[:_MAX_REASON], self._clock()))
+
+    def engine_lost(self) -> None:
+        """Plan the same stages for another engine, as far as their nodes are there."""
+        self._record(EngineLost(self._clock()))
 
     def drop_pipeline(self) -> None:
         """Plan as if for the first time: the engine that knew the pipeline never served."""

@@ -88,6 +88,13 @@ class PipelinePlanned:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineLost:
+    """The engine has ended; its stages are there, and may be as the next one needs them."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class PipelineDropped:
     """What was planned never served: the next plan need not be like it."""
 
@@ -104,5 +111,6 @@ Event = (
     | NodeLost
     | StageLost
     | PipelinePlanned
+    | EngineLost
     | PipelineDropped
 )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from molink.cluster.events import (
+    EngineLost,
     Event,
     HeadStarted,
     NodeEnrolled,
@@ -19,7 +20,7 @@ from molink.cluster.events import (
 from molink.core.cluster import Resources, Versions
 from molink.core.ids import MAX_NODE_ID, NodeId
 from molink.core.model import ModelFacts
-from molink.core.plan import LayerRange, Pipeline
+from molink.core.plan import LayerRange, Pipeline, Stage
 
 
 class NodeStatus(StrEnum):
@@ -73,6 +74,7 @@ class ClusterState:
     pipeline: Pipeline | None = None
     is_down: bool = False  # a stage was lost since the pipeline was planned
     last_epoch: int = 0  # outlives the pipeline, so that epochs grow over restarts too
+    last_stages: tuple[Stage, ...] = ()  # likewise: nodes may hold these layers still
 
     @property
     def ready(self) -> tuple[NodeRecord, ...]:
@@ -132,8 +134,11 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
             return _stage_down(joined, node)
         case PipelinePlanned(pipeline, _):
             return _pipeline_planned(state, pipeline)
+        case EngineLost():
+            nodes = tuple(replace(node, loaded=None) for node in state.nodes)
+            return replace(state, nodes=nodes, is_down=state.pipeline is not None)
         case PipelineDropped():
-            return replace(state, pipeline=None, is_down=False)
+            return replace(state, pipeline=None, is_down=False, last_stages=())
 
 
 def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:
@@ -148,7 +153,15 @@ def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:
         )
         for node in state.nodes
     )
-    return replace(state, model=event.model, nodes=nodes, pipeline=None, is_down=False)
+    is_same = state.model is not None and state.model.config_hash == event.model.config_hash
+    return replace(
+        state,
+        model=event.model,
+        nodes=nodes,
+        pipeline=None,
+        is_down=False,
+        last_stages=state.last_stages if is_same else (),
+    )
 
 
 def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
@@ -175,7 +188,14 @@ def _pipeline_planned(state: ClusterState, pipeline: Pipeline) -> ClusterState:
         replace(node, trouble="", loaded=None) if node.id in pipeline.nodes else node
         for node in state.nodes
     )
-    return replace(state, nodes=nodes, pipeline=pipeline, is_down=False, last_epoch=pipeline.epoch)
+    return replace(
+        state,
+        nodes=nodes,
+        pipeline=pipeline,
+        is_down=False,
+        last_epoch=pipeline.epoch,
+        last_stages=pipeline.stages,
+    )
 
 
 def _check_pipeline(state: ClusterState, pipeline: Pipeline) -> None:

@@ -40,23 +40,13 @@ from molink.engine.types import build_codec
 from molink.planning.order import StepsInFlight
 from molink.wire.to_agent import PaceDecision
 from molink.wire.to_engine import PathMeasured, PipelineRepaired, StagePlace, StandbyChosen
-from molink.wire.to_stage import WORKER_CALLS, LoadStage, WireFormat
+from molink.wire.to_stage import STARTUP_CALLS, WORKER_CALLS, LoadStage, WireFormat
 
 logger = logging.getLogger("molink.engine")
 REPORT_INTERVAL_S = 1.0
 _Adapter = tuple[LoRARequest, str]  # with its digest
 _Call = tuple[str, tuple[Any, ...], dict[str, Any]]  # method, arguments
 
-STARTUP_CALLS = frozenset(
-    {
-        "set_kv_cache_layout",
-        "determine_available_memory",
-        "update_max_model_len",
-        "initialize_from_config",
-        "compile_or_warm_up_model",
-    }
-)
-"""Calls that a replaced stage gets again, in the order in which they were made."""
 LAST_STARTUP_CALL = "compile_or_warm_up_model"
 
 

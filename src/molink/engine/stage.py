@@ -14,6 +14,7 @@ from molink.core.ids import HEAD, Address, NodeId, Port
 from molink.engine.activations import Parts, StepId
 from molink.engine.grammar import unpack_grammar
 from molink.engine.inbox import Inbox, StepAbandonedError, Turn
+from molink.engine.kept import Kept, StaleStageError
 from molink.engine.objections import one_line
 from molink.engine.step_timer import StepKind, StepTimer, timer_for
 from molink.engine.worker import StageOptions, StageWorker
@@ -25,7 +26,7 @@ from molink.wire.assembly import Message
 from molink.wire.codec import Codec
 from molink.wire.frames import Kind, Priority
 from molink.wire.to_agent import StepCost
-from molink.wire.to_stage import WORKER_CALLS, LoadStage
+from molink.wire.to_stage import STARTUP_CALLS, WORKER_CALLS, LoadStage
 
 logger = logging.getLogger("molink.stage")
 REPORT_INTERVAL_S = 1.0
@@ -39,6 +40,7 @@ class StageLoop:
         self._codec = codec
         self._options = options
         self._inbox = Inbox(socket, codec)
+        self._kept = Kept()
         self._worker: StageWorker | None = None
         self._timer: StepTimer | None = None
         self.counters = to_agent.StageCounters()
@@ -51,6 +53,7 @@ class StageLoop:
         Raises:
             LinkError: it has closed.
             UsageError: the layers cannot be loaded with this node's flags and files.
+            StaleStageError: an engine wants something else than is loaded.
             HubError: the files cannot be downloaded now.
             Exception: a step failed; whatever vLLM raised, or StageError for a lost adapter.
         """
@@ -137,7 +140,9 @@ class StageLoop:
     def _call(self, turn: Turn) -> None:
         message, (method, args, kwargs) = turn.message, turn.content
         try:
-            answer = self._answer(method, args, kwargs)
+            answer = self._answer(message, method, args, kwargs)
+        except StaleStageError:
+            raise
         except MolinkError as error:
             if method == "load" and isinstance(error, UsageError | HubError):
                 raise  # another node may do better
@@ -149,13 +154,11 @@ class StageLoop:
         else:
             self._reply(Kind.REPLY, message, answer)
 
-    def _answer(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _answer(
+        self, message: Message, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if method == "load":
-            self._worker = self._load(*args)
-            self._timer = timer_for(self._worker.device)
-            self._inbox.previous = _stage_of(self._worker.previous_node)
-            self._inbox.max_input_bytes = self._worker.max_waiting_input
-            return self._worker.takes_sum
+            return self._load(*args)
         worker = self._loaded()
         if method == "send_sum":
             return worker.send_sum(*args)
@@ -165,10 +168,22 @@ class StageLoop:
             return worker.forget_requests()
         if method not in WORKER_CALLS:
             raise StageError(f"«{method}» is not a method of a stage")
+        if method in STARTUP_CALLS:
+            asked = bytes(message.payload)
+            return self._kept.answer(method, asked, lambda: worker.call(method, args, kwargs))
         return worker.call(method, args, kwargs)
 
-    def _load(self, load: LoadStage) -> StageWorker:
-        return StageWorker(load, self._options, self._emit, self._link_rate)
+    def _load(self, load: LoadStage) -> bool:
+        """Have the layers; whether they take a sum."""
+        if self._kept.has(load):
+            self._loaded().serve_another(load.nodes)
+        else:
+            self._worker = StageWorker(load, self._options, self._emit, self._link_rate)
+        worker = self._loaded()
+        self._timer = timer_for(worker.device)
+        self._inbox.previous = _stage_of(worker.previous_node)
+        self._inbox.max_input_bytes = worker.max_waiting_input
+        return worker.takes_sum
 
     def _link_rate(self) -> float | None:
         rates = self._inbox.link_rates  # without a link of its own, the head relays

@@ -196,6 +196,18 @@ class StageWorker:
             compat.empty_batch(self._worker.worker)
             compat.restore_requests(self._worker.worker, requests)
 
+    def serve_another(self, nodes: list[int]) -> None:
+        """Forget what an engine has said that is gone; layers and cache stay.
+
+        Args:
+            nodes: of every stage now.
+        """
+        self.nodes = nodes
+        self.forget_requests()
+        for adapter in list(self._digests):
+            self.call("remove_lora", (adapter,), {})
+        self._digests.clear()
+
     def forget_requests(self) -> None:
         """Clear the state of all requests."""
         compat.forget_requests(self._worker.worker)

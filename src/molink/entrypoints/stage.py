@@ -24,6 +24,7 @@ def main() -> None:
     export("VLLM_RPC_BASE_PATH", str(options.socket.parent))
     # vLLM reads the environment while it is imported.
     from molink.engine.config import engine_parser
+    from molink.engine.kept import StaleStageError
     from molink.engine.probe import measure
     from molink.engine.stage import StageLoop
     from molink.engine.types import build_codec
@@ -53,6 +54,10 @@ def main() -> None:
         StageLoop(socket, build_codec(), settings).run()
     except LinkError:
         os._exit(0)  # the agent is gone, and with it every reason to run
+    except StaleStageError as error:
+        sys.stderr.write(f"{error}: starting anew\n")
+        sys.stderr.flush()
+        os._exit(1)
     except (UsageError, HubError) as error:
         sys.stderr.write(f"{error}\n")
         sys.stderr.flush()

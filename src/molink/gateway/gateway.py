@@ -34,6 +34,7 @@ _INTERNAL_ERROR = re.compile(
     rb'^((?:data: )?\{"error": ?)\{"message": ?"Internal server error"[^}]*\}', re.MULTILINE
 )
 """How vLLM ends the stream of a request that has failed, and so does `/generate`."""
+_ABORTED = b'"finish_reason":"abort"'
 
 
 class Gateway:
@@ -147,7 +148,7 @@ class _Exchange:
 
     async def _pass_whole(self, reply: Reply) -> None:
         body = await reply.read_all()
-        if reply.status == 500:
+        if reply.status == 500 or _ABORTED in body:
             await self._refuse_if_down()
         if self._answer.is_begun:  # a stream, to which this engine says no
             await self._break_off(_error_in(body))

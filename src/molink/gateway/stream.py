@@ -15,6 +15,7 @@ from molink.wire import delivered
 
 MAX_EVENT = 16 * 1024 * 1024  # bytes
 DONE = b"data: [DONE]"
+ABORTED = "abort"  # how an engine that is told to end finishes what it has
 _DATA = b"data: "
 _END = b"\n\n"
 _CHOICES = b'"choices":'
@@ -253,6 +254,8 @@ class Stream:
             return event + _END
         if (error := bytes(found.error)) not in (b"", b"null"):
             raise StreamBrokenError(error)
+        if any(choice.finish_reason == ABORTED for choice in found.choices):
+            raise StreamBrokenError(b'{"message": "the engine gave the request up", "code": 500}')
         if self._behind and found.choices:
             return self._again(event)
         self._add(found)

@@ -12,6 +12,7 @@ from molink.gateway.http import MAX_HEAD, Headers, end_to_end, head
 
 READ_AHEAD = 256 * 1024  # bytes of an answer that may wait for its client
 CONNECT_TIMEOUT_S = 5.0
+FULL_S = 0.01
 
 
 class UpstreamLostError(Exception):
@@ -46,13 +47,21 @@ class Upstream:
         return reply
 
     async def _connect(self) -> "_Connection":
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await loop.create_unix_connection(_Connection, self._path)
+                return await self._connect_in_turn()
         except (OSError, TimeoutError) as error:
             raise UpstreamLostError(f"the engine cannot be reached: {error}") from error
-        return connection
+
+    async def _connect_in_turn(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                _, connection = await loop.create_unix_connection(_Connection, self._path)
+            except BlockingIOError:  # as many as its queue holds wait to be accepted
+                await asyncio.sleep(FULL_S)
+            else:
+                return connection
 
     def keep(self, connection: "_Connection") -> None:
         """Take back a connection whose answer is complete."""

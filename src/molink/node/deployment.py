@@ -44,7 +44,7 @@ class Deployment:
         self._trouble = ""
         self.pipeline: Pipeline | None = None
         self.assigned: PipelineAssigned | None = None
-        self.unloaded: set[NodeId] = set()  # nodes whose stage process holds no layers
+        self.unloaded: set[NodeId] = set()  # nodes whose stage this engine has not loaded
         self.is_down = False  # and the engine knows
         self.was_lost = False  # since the engine started; it may have been mended meanwhile
         self.loading: frozenset[NodeId] = frozenset()  # by the repair that is under way

@@ -417,12 +417,13 @@ class HeadAgent(Agent):
 
     def _engine_gone(self, reason: MolinkError) -> None:
         """One that has served, or lost its pipeline while it loaded, begins anew; else we end."""
-        if self._deployment.http_up:
+        has_served = self._deployment.http_up
+        if has_served:
             self.say(f"{reason}\nstarting another engine; requests wait for it")
         elif not self._deployment.was_lost:
             self.fail(self._engine_failure or reason)
             return
-        self.spawn(self._restart_engine(), is_vital=True)
+        self.spawn(self._restart_engine(keep=has_served), is_vital=True)
 
     def _gateway_gone(self, reason: MolinkError) -> None:
         if isinstance(reason, UsageError):
@@ -435,13 +436,21 @@ class HeadAgent(Agent):
         await asyncio.sleep(GATEWAY_PAUSE_S)
         await self._gateway.start()
 
-    async def _restart_engine(self) -> None:
-        """Give a new engine stages that hold nothing, on whatever nodes there are by then."""
+    async def _restart_engine(self, *, keep: bool) -> None:
+        """Give a new engine the stages of the one before, or such as hold nothing.
+
+        Args:
+            keep: the layers stay where they are.
+        """
         nodes = self._deployment.nodes
         self._deployment.forget("the engine has ended; another one is starting")
-        self._coordinator.drop_pipeline()
         self._engine_failure = None
-        await self._empty_stages(nodes, "its engine starts anew")
+        if keep:
+            self._coordinator.engine_lost()
+            self._deployment.unloaded.update(node.id for node in self._coordinator.state.ready)
+        else:
+            self._coordinator.drop_pipeline()
+            await self._empty_stages(nodes, "its engine starts anew")
         await self._engine.start()
         self._changed.set()
 

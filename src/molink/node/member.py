@@ -67,6 +67,7 @@ class MemberAgent(Agent):
         self._settings = settings
         self._stage = stage_host(self._stage_gone)
         self._model: FoundModel | None = None
+        self._up: StageUp | None = None  # what the stage has said, while it runs
         self._server = LinkServer(lambda: identity.authority_pem, self._accept)
         self._listen_port = 0
 
@@ -100,7 +101,7 @@ class MemberAgent(Agent):
         self.close_local()
 
     async def _follow_head(self) -> None:
-        """Keep a link to the head; after a lost one, start again with an empty stage."""
+        """Keep a link to the head; while there is none, the stage keeps its layers and waits."""
         said = ""
         while not self._ending.done():
             try:
@@ -125,7 +126,6 @@ class MemberAgent(Agent):
             await dialled.channel.close()
             if not self._ending.done():
                 self.say(f"lost the head: {reason}; trying again")
-                await self._stage.stop()
                 await asyncio.sleep(RETRY_S)
 
     def _hello(self) -> to_head.Hello:
@@ -166,6 +166,7 @@ class MemberAgent(Agent):
         super().on_local(header, message)
         size = self._settings.stage.tensor_parallel_size
         if isinstance(message, StageUp) and self.has_all_ranks(size):
+            self._up = message
             self.tell_head(message)
 
     def on_remote(self, node: NodeId, payload: bytes) -> None:
@@ -194,20 +195,29 @@ class MemberAgent(Agent):
                 self.end(reason)
 
     async def _welcomed(self, welcome: Welcome) -> None:
-        """Check that this machine holds the head's model, then start the stage."""
+        """Check that this machine holds the head's model, then start the stage.
+
+        One that runs already may hold what the head wants of it, as measured when it began.
+        """
         path = self._settings.model or welcome.model
-        self._model = model = await asyncio.to_thread(find_model, path, welcome.revision)
+        before, model = self._model, await asyncio.to_thread(find_model, path, welcome.revision)
+        self._model = model
         self.say(f"joined cluster {welcome.cluster_id} as node {self.node}; model {path}")
         self.tell_head(to_head.ModelChecked(config_hash(model.config), model.revision))
-        await self._restart_stage()
+        if self._up is not None and before == model:
+            self.tell_head(self._up)
+        else:
+            await self._restart_stage()
 
     async def _restart_stage(self) -> None:
+        self._up = None
         model = self._settings.model or (self._model.name if self._model else "")
         await self._stage.restart(replace(self._settings.stage, model=model))
 
     def _stage_gone(self, reason: MolinkError) -> None:
         if not self.may_restart_stage(reason):
             return
+        self._up = None
         self.say(f"the stage's process is gone ({reason}); starting another")
         self.tell_head(to_head.StageGone(str(reason)))
         self.spawn(self._restart_stage(), is_vital=True)

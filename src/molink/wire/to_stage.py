@@ -38,6 +38,17 @@ WORKER_CALLS = frozenset(
 A closed list: callables are never sent.
 """
 
+STARTUP_CALLS = frozenset(
+    {
+        "set_kv_cache_layout",
+        "determine_available_memory",
+        "update_max_model_len",
+        "initialize_from_config",
+        "compile_or_warm_up_model",
+    }
+)
+"""Those that bring a stage from its layers to its first step; a replaced stage gets them again."""
+
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
     """Values the head's vLLM resolved, whose defaults differ from device to device.

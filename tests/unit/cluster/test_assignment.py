@@ -9,6 +9,8 @@ from molink.cluster.assignment import Waiting
 from molink.cluster.state import Role
 from molink.core.plan import Pipeline
 
+from .conftest import GIB
+
 MakeCluster = Callable[..., Any]
 
 
@@ -147,3 +149,57 @@ def test_a_node_that_returns_with_other_layers_is_not_taken(make_cluster: MakeCl
     cluster.rejoin(beta, "beta", "5:8")
     cluster.measure(beta)
     assert "beta came back with other layers than 4:8" in waiting(cluster.coordinator.plan())
+
+
+def test_an_engine_that_is_lost_finds_the_same_stages_in_a_new_epoch(
+    make_cluster: MakeCluster,
+) -> None:
+    cluster = make_cluster(2)
+    beta, gamma = cluster.ready("beta"), cluster.ready("gamma")
+    before = cluster.coordinator.plan()
+    cluster.coordinator.standby_loaded(gamma, before.stages[1].layers)
+    cluster.coordinator.engine_lost()
+    assert cluster.state.node(gamma).loaded is None  # as far as the next engine knows
+    after = cluster.coordinator.plan()
+    assert (after.stages, after.epoch) == (before.stages, 2)
+    cluster.coordinator.engine_lost()
+    cluster.coordinator.node_lost(beta, "gone")
+    assert layout(cluster.coordinator.plan()) == [(0, "0:4"), (gamma, "4:8")]
+
+
+def test_a_head_that_starts_again_finds_the_layers_where_they_were(
+    make_cluster: MakeCluster, store: Any
+) -> None:
+    cluster = make_cluster(3)
+    for name in ("beta", "gamma"):
+        cluster.ready(name, free_bytes=GIB // 4)
+    before = layout(cluster.coordinator.plan())
+    again = make_cluster(3, state=store.load())
+    for node in (2, 1):
+        assert isinstance(again.coordinator.plan(), Waiting)
+        again.rejoin(node, f"n{node}")
+        again.measure(node, free_bytes=GIB)
+    assert layout(again.coordinator.plan()) == before
+    assert again.state.pipeline.epoch == 2
+
+
+@pytest.mark.parametrize("wanted", [2, None])
+def test_other_wishes_make_another_plan(
+    make_cluster: MakeCluster, store: Any, wanted: int | None
+) -> None:
+    cluster = make_cluster(3)
+    for name in ("beta", "gamma"):
+        cluster.ready(name)
+    assert len(cluster.coordinator.plan().stages) == 3
+    again = make_cluster(wanted, "0:4" if wanted is None else None, state=store.load())
+    again.rejoin(1, "beta", "4:8" if wanted is None else None)
+    again.measure(1)
+    assert layout(again.coordinator.plan()) == [(0, "0:4"), (1, "4:8")]
+
+
+def test_a_plan_that_never_served_does_not_come_again(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    cluster.ready("beta", free_bytes=GIB // 64)
+    cluster.coordinator.plan()
+    cluster.coordinator.drop_pipeline()
+    assert cluster.state.last_stages == ()

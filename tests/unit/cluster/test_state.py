@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molink.cluster.events import (
+    EngineLost,
     Event,
     HeadStarted,
     NodeEnrolled,
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    PipelineDropped,
     PipelinePlanned,
     StageLost,
     StandbyLoaded,
@@ -61,6 +63,8 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(StageLost, node_ids, st.text(max_size=5), at),
     st.builds(StandbyLoaded, node_ids, st.just(LayerRange(0, 2)), at),
     st.builds(PipelinePlanned, pipelines, at),
+    st.builds(PipelineDropped, at),
+    st.builds(EngineLost, at),
 )
 
 

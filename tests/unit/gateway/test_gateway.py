@@ -181,6 +181,19 @@ async def test_a_request_that_ends_every_engine_ends(served: Served) -> None:
     assert len(served.engine.asked) == MOST_SETBACKS
 
 
+async def test_an_answer_that_an_ending_engine_gave_up_is_asked_for_again(served: Served) -> None:
+    async def script(asked: Asked) -> None:
+        if len(served.engine.asked) == 1:
+            await asked.whole(200, b'{"choices":[{"text":"a","finish_reason":"abort"}]}')
+            served.agent.lose_engine()
+        else:
+            await asked.whole(200, b'{"choices":[{"text":"ab","finish_reason":"stop"}]}')
+
+    served.engine.script = script
+    answer = await served.http.post(COMPLETIONS, json={"prompt": "x"})
+    assert answer.json()["choices"][0]["text"] == "ab"
+
+
 async def test_a_stream_that_nobody_else_understands_ends_with_an_error(served: Served) -> None:
     async def script(asked: Asked) -> None:
         await asked.begin()

@@ -206,6 +206,16 @@ def test_a_failure_is_not_passed_on_as_the_engine_says_it() -> None:
     assert json.loads(stream.failure.error)["message"] == "no"
 
 
+def test_what_an_ending_engine_gives_up_has_not_finished() -> None:
+    stream = Stream(1, shows_ids=False)
+    choice = {"index": 0, "text": "", "token_ids": [], "finish_reason": "abort"}
+    assert stream.pass_on(event({"id": "x", "choices": [choice]})) == b""
+    assert isinstance(stream.failure, StreamBrokenError)
+    stream.begin_again()
+    assert stream.failure is None
+    assert stream.can_go_on
+
+
 def test_text_whose_tokens_are_not_known_cannot_go_on() -> None:
     stream = Stream(1, shows_ids=False)
     stream.pass_on(Engine([[1, 2]], chat=False, ids=False).says("a")[0])

@@ -11,7 +11,7 @@ from molink.core.cluster import Resources, Versions
 from molink.core.ids import NodeId
 from molink.core.plan import LayerRange, Pipeline, Stage
 from molink.node.deployment import Deployment
-from molink.wire import to_agent, to_engine
+from molink.wire import to_agent, to_engine, to_gateway
 from molink.wire.to_agent import Dial, StageAssigned
 from molink.wire.to_engine import PipelineAssigned, PipelineRepaired
 
@@ -25,12 +25,16 @@ class StubVoice:
     def __init__(self) -> None:
         self.told: list[tuple[NodeId, to_agent.ToAgent]] = []
         self.engine: list[to_engine.ToEngine] = []
+        self.gateway: list[to_gateway.ToGateway] = []
 
     def tell(self, node: NodeId, message: to_agent.ToAgent) -> None:
         self.told.append((node, message))
 
     def tell_engine(self, message: to_engine.ToEngine) -> None:
         self.engine.append(message)
+
+    def tell_gateway(self, message: to_gateway.ToGateway) -> None:
+        self.gateway.append(message)
 
     def say(self, text: str) -> None:
         pass
@@ -83,7 +87,8 @@ async def test_what_was_forgotten_while_it_was_linked_is_told_to_nobody(
     deployment: Deployment, voice: StubVoice
 ) -> None:
     assigning = await assigned_until_the_dial(deployment)
-    deployment.forget()
+    deployment.forget("it was killed")
+    assert voice.gateway == [to_gateway.EngineGone("it was killed")]
     deployment.paths.dialled(ONE, TWO, ok=True)
     await assigning
     assert voice.engine == []
