@@ -75,7 +75,7 @@ class Stream:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    with Cluster(BUNDLED, flags=FLAGS) as cluster:
+    with Cluster(BUNDLED, flags=FLAGS, head_arguments=["--split-after=5"]) as cluster:
         yield cluster
 
 
@@ -150,3 +150,19 @@ def test_a_gateway_that_is_killed_comes_back(cluster: Cluster) -> None:
 
     eventually(answers, 10.0, "another gateway answers")
     assert cluster.ask([make_completion(make_prompt(5, 1), max_tokens=3)])
+
+
+def test_who_is_left_takes_all_layers_and_streams_go_on(
+    cluster: Cluster, undisturbed: list[dict[int, list[Any]]]
+) -> None:
+    streams = streams_of(cluster)
+    with ThreadPoolExecutor(len(streams)) as threads:
+        running = [threads.submit(stream.run) for stream in streams]
+        eventually(lambda: all(len(s.events) > BEGUN for s in streams), REPAIR_S, "all begin")
+        gone = cluster.members.pop()
+        gone.signal(signal.SIGKILL)
+        for stream in running:
+            stream.result(REPAIR_S)
+    assert [stream.choices for stream in streams] == undisturbed
+    assert [stage.layers for stage in cluster.view().stages] == ["0:8"]
+    gone.end()

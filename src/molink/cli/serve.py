@@ -66,6 +66,7 @@ from molink.wire.to_engine import Pacing
 from molink.wire.to_stage import WireFormat
 
 TOKEN_LIFETIME_S = 24 * 3600
+SPLIT_AFTER_S = 60.0
 MAX_OUTAGE_S = 300.0  # a node that restarts and loads its layers again needs a part of it
 LONGEST_OUTAGE_S = 7 * 24 * 3600.0
 DEFAULT_LISTEN = "0.0.0.0:7171"
@@ -115,6 +116,13 @@ def serve(
         float | None,
         typer.Option(min=0.1, metavar="MBIT/S", help="Most that this node relays between others."),
     ] = None,
+    split_after: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            help="How long a lost node is waited for, before the others share its layers.",
+        ),
+    ] = SPLIT_AFTER_S,
     max_outage: Annotated[
         float,
         typer.Option(
@@ -141,14 +149,16 @@ def serve(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
             outage = None if max_outage == MAX_OUTAGE_S else max_outage
+            split = None if split_after == SPLIT_AFTER_S else split_after
             _check_alone({"--relay-limit": relay_limit, "--max-outage": outage})
+            _check_alone({"--split-after": split})
             _check_alone(changed_wire(wire) | changed_pacing(pacing))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
         check_flags(flags)
         check_drafts(pacing, flags)
-        _check_outage(max_outage)
+        _check_seconds({"--max-outage": max_outage, "--split-after": split_after})
         tls, flags = take_tls(flags)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
@@ -174,6 +184,7 @@ def serve(
                         is_tls=tls.certfile is not None,
                     ),
                     relay_bytes_per_s=relay_limit and relay_limit * 125_000,
+                    split_after_s=split_after,
                 ),
                 nodes,
                 token_file,
@@ -183,9 +194,10 @@ def serve(
         fail(error)
 
 
-def _check_outage(seconds: float) -> None:
-    if not 0 <= seconds <= LONGEST_OUTAGE_S:
-        raise UsageError(f"--max-outage {seconds:g}: expected seconds, 0 to {LONGEST_OUTAGE_S:.0f}")
+def _check_seconds(given: Mapping[str, float]) -> None:
+    for name, seconds in given.items():
+        if not 0 <= seconds <= LONGEST_OUTAGE_S:
+            raise UsageError(f"{name} {seconds:g}: expected seconds, 0 to {LONGEST_OUTAGE_S:.0f}")
 
 
 def _say_surroundings(host: str, port: int, stage: StageSettings) -> None:

@@ -1,7 +1,7 @@
 """Who computes what, decided from the cluster's state alone."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from molink.cluster.state import ClusterState, NodeRecord, NodeStatus
 from molink.core.errors import PlanError
@@ -53,6 +53,29 @@ def first_stages(
             if len(nodes) == nodes_wanted or all(node.layers for node in chosen):
                 raise
             nodes.remove(min((n for n in chosen if not n.layers), key=_free_bytes))
+
+
+def remaining_stages(
+    state: ClusterState, model: ModelFacts, nodes_wanted: int | None = None
+) -> tuple[Stage, ...] | Waiting:
+    """The stages that those who are here could share, if nobody takes the place of a lost one.
+
+    All of them take part, also such as joined to stand by; fewer if some have too little memory.
+
+    Args:
+        nodes_wanted: exactly so many, if it is given.
+    """
+    nodes = tuple(replace(node, stands_by=False) for node in state.nodes)
+    here = replace(state, nodes=nodes, last_stages=())
+    trouble = Waiting(f"nobody is here: {_presence(state)}")
+    for count in [nodes_wanted] if nodes_wanted else range(len(here.ready), 0, -1):
+        try:
+            stages = first_stages(here, model, count)
+        except PlanError as error:
+            trouble = Waiting(str(error))
+            continue
+        return stages
+    return trouble
 
 
 def _are_wanted(stages: tuple[Stage, ...], state: ClusterState, nodes_wanted: int | None) -> bool:

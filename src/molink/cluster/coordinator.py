@@ -10,6 +10,7 @@ from molink.cluster.assignment import (
     mended_stages,
     misplaced,
     next_standby,
+    remaining_stages,
 )
 from molink.cluster.events import (
     EngineLost,
@@ -58,6 +59,7 @@ class Coordinator:
         self._versions = versions
         self._nodes_wanted = nodes_wanted
         self._has_planned = False
+        self._remaining: int | None = None  # nodes that share what others have left
 
     @property
     def state(self) -> ClusterState:
@@ -161,6 +163,19 @@ class Coordinator:
         """Plan as if for the first time: the engine that knew the pipeline never served."""
         self._record(PipelineDropped(self._clock()))
 
+    def split_anew(self) -> bool:
+        """Have those who are here share all layers, if they can, instead of waiting for others.
+
+        Nothing that stages hold is of use then. False: they cannot, or nothing was planned before.
+        """
+        stages = remaining_stages(self._state, self._model)
+        if not self._has_planned or isinstance(stages, Waiting):
+            return False
+        idle = sum(not node.computes for node in self._state.ready)
+        self._remaining = len(stages) + idle
+        self._record(PipelineDropped(self._clock()))
+        return True
+
     def plan(self) -> Pipeline | Waiting:
         """The pipeline to run now: the present one, a new one, or a mended one of a later epoch.
 
@@ -193,6 +208,8 @@ class Coordinator:
         return misplaced(self._state, self._model)
 
     def _first_stages(self) -> tuple[Stage, ...] | Waiting:
+        if self._remaining is not None:
+            return remaining_stages(self._state, self._model, self._remaining)
         try:
             return first_stages(self._state, self._model, self._nodes_wanted)
         except PlanError as error:

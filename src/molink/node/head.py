@@ -69,6 +69,7 @@ class HeadSettings:
     stage: StageSettings
     http: str  # URL of the OpenAI API
     relay_bytes_per_s: float | None = None  # most that the head relays between other nodes
+    split_after_s: float = 60.0  # that the others wait for a lost node's successor
 
 
 class HeadAgent(Agent):
@@ -111,6 +112,7 @@ class HeadAgent(Agent):
         self._held: dict[NodeId, HeldModel] = {}
         self._remote_hosts: dict[NodeId, str] = {}
         self._waiting_for = ""
+        self._waiting_since: float | None = None
         self._reports = Reports(
             coordinator, self._deployment, self.switch, self._own_report, settings.http
         )
@@ -369,11 +371,26 @@ class HeadAgent(Agent):
             self._wait_for(plan.text)
             if self._coordinator.state.is_down:
                 await self._empty_stages(self._coordinator.misplaced(), "another stage is lost")
-        elif plan != self._deployment.pipeline:
+            await self._split_anew_in_time()
+            return
+        self._waiting_since = None
+        if plan != self._deployment.pipeline:
             self.switch.stage_nodes = plan.nodes
             await self._deployment.assign(plan)
         elif self._deployment.serving:
             self._warm_up_standbys()
+
+    async def _split_anew_in_time(self) -> None:
+        """Once nobody has taken a lost node's place for long, the others share its layers."""
+        loop = asyncio.get_running_loop()
+        after_s = self._settings.split_after_s
+        if self._waiting_since is None:
+            self._waiting_since = loop.time()
+            loop.call_later(after_s, self._changed.set)
+        elif loop.time() - self._waiting_since >= after_s and self._coordinator.split_anew():
+            self._waiting_since = None
+            self.say("nobody takes its place: those who are here share the layers anew")
+            await self._restart_engine(keep=False)
 
     def _warm_up_standbys(self) -> None:
         """Have every spare load the layers of a stage ahead, each in its own time."""

@@ -203,3 +203,57 @@ def test_a_plan_that_never_served_does_not_come_again(make_cluster: MakeCluster)
     cluster.coordinator.plan()
     cluster.coordinator.drop_pipeline()
     assert cluster.state.last_stages == ()
+
+
+# --- those who are left
+
+
+def test_those_who_are_here_share_the_layers_anew(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(3)
+    beta, gamma = cluster.ready("beta"), cluster.ready("gamma")
+    assert len(cluster.coordinator.plan().stages) == 3
+    cluster.coordinator.node_lost(beta, "gone")
+    assert isinstance(cluster.coordinator.plan(), Waiting)
+    assert cluster.coordinator.split_anew()
+    for node in (0, gamma):  # they must give up what they hold
+        cluster.coordinator.stage_lost(node, "its engine starts anew")
+        assert isinstance(cluster.coordinator.plan(), Waiting)
+    for node in (gamma, 0):
+        cluster.measure(node)
+    assert layout(cluster.coordinator.plan()) == [(0, "0:4"), (gamma, "4:8")]
+    cluster.rejoin(beta, "beta")
+    cluster.measure(beta)
+    assert cluster.state.role(beta) is Role.SPARE
+
+
+def test_who_only_stands_by_is_better_than_nothing(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    beta = cluster.ready("beta")
+    cluster.coordinator.plan()
+    gamma = cluster.ready("gamma", "0:4", stands_by=True)
+    cluster.coordinator.node_lost(beta, "gone")
+    assert isinstance(cluster.coordinator.plan(), Waiting)
+    assert cluster.coordinator.split_anew()
+    assert layout(cluster.coordinator.plan()) == [(gamma, "0:4"), (0, "4:8")]
+
+
+def test_too_few_cannot_share(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2, "0:4")
+    beta = cluster.ready("beta")
+    assert not cluster.coordinator.split_anew()  # nothing was planned yet
+    cluster.coordinator.plan()
+    cluster.coordinator.node_lost(beta, "gone")
+    assert isinstance(cluster.coordinator.plan(), Waiting)
+    assert not cluster.coordinator.split_anew()
+    assert cluster.state.pipeline is not None
+
+
+def test_one_after_the_other_may_go(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(3)
+    beta, gamma = cluster.ready("beta"), cluster.ready("gamma")
+    cluster.coordinator.plan()
+    for node in (beta, gamma):
+        cluster.coordinator.node_lost(node, "gone")
+        assert isinstance(cluster.coordinator.plan(), Waiting)
+        assert cluster.coordinator.split_anew()
+    assert layout(cluster.coordinator.plan()) == [(0, "0:8")]
