@@ -22,6 +22,7 @@ END_S = 10.0  # a lost head ends running requests within it
 ANSWERED_S = 60.0  # of requests that run to their end, where reading the clock is slow
 REPAIR_S = 60.0
 NOTICED_S = 2.0  # the loss of a process
+HUNG_S = 6
 REQUESTS = [make_completion(prompt) for prompt in make_prompts([3, 40, 150])]
 
 
@@ -33,7 +34,7 @@ class Faulty(Cluster):
     def start(self) -> "Faulty":
         self.clocks = Clock(self._root / "clock"), Clock(self._root / "spares-clock")
         self.port = free_port()
-        self._arguments.append(f"--listen=127.0.0.1:{self.port}")
+        self._arguments += [f"--listen=127.0.0.1:{self.port}", f"--hung-after={HUNG_S}"]
         super().start()
         self.tokens = self.ask_tokens()
         undisturbed = Running(self, stream=False)
@@ -82,6 +83,20 @@ def test_a_killed_stage(cluster: Faulty) -> None:
     assert cluster.metrics()["molink_serving"] == 1
     cluster.check_undisturbed(running)
     cluster.check_mended()
+
+
+def test_a_stage_that_hangs_is_started_again(cluster: Faulty) -> None:
+    """Its agent and its machine answer as before."""
+    running = requests_in_flight(cluster)
+    (stage,) = cluster.members[0].processes("molink.entrypoints.stage")
+    fault = time.monotonic()
+    stage.suspend()
+    eventually(lambda: cluster.has_status(503), HUNG_S + NOTICED_S, "it is noticed")
+    assert time.monotonic() - fault > HUNG_S - NOTICED_S
+    assert "its process has said nothing" in cluster.http.get("/health").text
+    cluster.check_undisturbed(running)
+    cluster.check_mended()
+    assert not stage.is_running()
 
 
 def test_the_heads_own_stage_is_killed_while_another_is_loaded(cluster: Faulty) -> None:

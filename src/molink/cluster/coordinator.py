@@ -203,6 +203,14 @@ class Coordinator:
         """A spare, and the stage whose layers it should load ahead; None: no more are needed."""
         return next_standby(self._state, self._model, warming, unable)
 
+    def has_standby(self, node: NodeId) -> bool:
+        """Whether another node could take a node's stage at once."""
+        state = self._state
+        if state.pipeline is None or state.is_down:
+            return False
+        layers = [stage.layers for stage in state.pipeline.stages if stage.node == node]
+        return any(spare.loaded in layers for spare in state.ready if spare.loaded)
+
     def misplaced(self) -> list[NodeId]:
         """Standbys that must give up what they hold before they can take a lost stage."""
         return misplaced(self._state, self._model)

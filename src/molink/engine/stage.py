@@ -7,7 +7,7 @@ begins when its input is there, so nothing that waits has touched any state.
 import logging
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from molink.core.errors import HubError, MolinkError, StageError, UsageError
 from molink.core.ids import HEAD, Address, NodeId, Port
@@ -32,6 +32,14 @@ logger = logging.getLogger("molink.stage")
 REPORT_INTERVAL_S = 1.0
 
 
+class _Began(NamedTuple):
+    """The step that runs."""
+
+    at: float  # seconds
+    num_tokens: int
+    is_prefill: bool
+
+
 class StageLoop:
     """Runs one rank of one stage until its agent is gone."""
 
@@ -43,6 +51,7 @@ class StageLoop:
         self._kept = Kept()
         self._worker: StageWorker | None = None
         self._timer: StepTimer | None = None
+        self._began: _Began | None = None
         self.counters = to_agent.StageCounters()
         self._bytes_out = self._tokens = 0  # since the last report
         self._costs = {False: LineFit(DECODE_COST_TOKENS), True: LineFit(STEP_COST_TOKENS)}
@@ -76,6 +85,7 @@ class StageLoop:
         agent = Address(self._socket.address.node, Port.AGENT)
         while True:
             self.counters.decode, self.counters.prefill = map(_cost, self._costs.values())
+            self._count_present()
             if self._tokens:
                 self.counters.bytes_per_token = self._bytes_out / self._tokens
                 self._bytes_out = self._tokens = 0
@@ -98,6 +108,7 @@ class StageLoop:
             turn.activations and worker.unpack(turn.activations.payload),
         )
         timer.start()
+        self._began = _Began(time.perf_counter(), num_tokens, is_prefill)
         worker.restore(restored)
         result = worker.execute_model(output)
         if has_tokens and worker.group.is_last_rank:
@@ -106,6 +117,7 @@ class StageLoop:
             self._reply(Kind.RESULT, message, result)
         elif has_tokens:
             worker.sample(output, None)
+        self._began = None
         if has_tokens:
             timer.stop(StepKind(num_tokens, is_prefill))
         for kind, seconds in timer.finished():
@@ -116,6 +128,15 @@ class StageLoop:
         self.counters.compute_s += seconds
         self._tokens += tokens
         self._costs[is_prefill].add(tokens, seconds)
+
+    def _count_present(self) -> None:
+        """How long the step has taken that runs now."""
+        began = self._began
+        self.counters.busy_s, self.counters.busy_cost_s = 0.0, None
+        if began is not None:
+            self.counters.busy_s = time.perf_counter() - began.at
+            line = self._costs[began.is_prefill].line
+            self.counters.busy_cost_s = line(began.num_tokens) if line else None
 
     def _grammar(self, sample_now: bool, sequence: int) -> Any:
         if sample_now:

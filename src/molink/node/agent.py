@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from itertools import count
@@ -18,7 +19,7 @@ from molink.transport.server import Dialled, dial
 from molink.wire import to_agent, to_stage
 from molink.wire.frames import FrameHeader, Kind, Priority, cut
 from molink.wire.to_agent import Downloading, Notice, StageCounters, StageUp
-from molink.wire.to_head import LinkCounters
+from molink.wire.to_head import LinkCounters, NodeReport
 
 logger = logging.getLogger("molink.agent")
 PEER_DIAL_TIMEOUT_S = 3.0
@@ -52,6 +53,7 @@ class Agent:
         self.switch = Switch(node, self._control)
         self.say = say
         self.stage_counters: dict[int, StageCounters] = {}
+        self._counted_at = time.monotonic()
         self.download: Downloading | None = None
         self._show_download = show_download
         self._failed_stages = 0
@@ -181,6 +183,12 @@ class Agent:
     def link_lost(self, link: Link, reason: str) -> None:
         """A direct link to another node ended."""
 
+    def stage_report(self) -> NodeReport:
+        """What the node's stage and links have done."""
+        counters = self.stage_counters.get(0, StageCounters())
+        age_s = time.monotonic() - self._counted_at
+        return NodeReport(counters, self.link_counters(), self.download, age_s)
+
     def link_counters(self) -> list[LinkCounters]:
         return [_counters(link) for link in self.switch.links.values()]
 
@@ -210,6 +218,7 @@ class Agent:
         match message:
             case StageCounters():
                 self.stage_counters[header.rank] = message
+                self._counted_at = time.monotonic()
                 if message.steps:
                     self._failed_stages = 0
             case StageUp():  # another process, which downloads nothing yet

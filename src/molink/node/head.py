@@ -14,6 +14,7 @@ from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import Role
+from molink.cluster.watch import Patience, Progress, hung
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import (
     MolinkError,
@@ -54,6 +55,7 @@ from molink.wire.to_agent import (
 )
 
 VIEW_INTERVAL_S = 1.0
+WATCH_S = 0.25
 GATEWAY_PAUSE_S = 1.0  # before another one starts
 
 
@@ -68,8 +70,9 @@ class HeadSettings:
     versions: Versions
     stage: StageSettings
     http: str  # URL of the OpenAI API
+    patience: Patience
+    split_after_s: float  # that the others wait for a lost node's successor
     relay_bytes_per_s: float | None = None  # most that the head relays between other nodes
-    split_after_s: float = 60.0  # that the others wait for a lost node's successor
 
 
 class HeadAgent(Agent):
@@ -113,8 +116,9 @@ class HeadAgent(Agent):
         self._remote_hosts: dict[NodeId, str] = {}
         self._waiting_for = ""
         self._waiting_since: float | None = None
+        self._progress = Progress()
         self._reports = Reports(
-            coordinator, self._deployment, self.switch, self._own_report, settings.http
+            coordinator, self._deployment, self.switch, self.stage_report, settings.http
         )
 
     async def listen(self) -> int:
@@ -145,6 +149,7 @@ class HeadAgent(Agent):
             await self._stage.restart(self._settings.stage)
         self.spawn(self._settle_forever(), is_vital=True)
         self.spawn(self._publish_views(), is_vital=True)
+        self.spawn(self._watch(), is_vital=True)
         self.spawn(self.tell_rates())
         self.spawn(self._deployment.paths.seek())
         try:
@@ -346,9 +351,50 @@ class HeadAgent(Agent):
             if lost.nothing:
                 self._deployment.paths.broke(node, other, lost.reason)
                 return
-            resources = record.resources
-            self._coordinator.stage_lost(node, f"its link to node {other} broke: {lost.reason}")
-            self._coordinator.measured(node, resources, self._held[node])
+            self._lose_steps(node, f"its link to node {other} broke: {lost.reason}")
+
+    # What is lost though nothing has broken
+
+    async def _watch(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            began = clock()
+            await asyncio.sleep(WATCH_S)
+            if clock() - began > 4 * WATCH_S:
+                continue  # this machine itself stood still
+            self._watch_machines()
+            if self._deployment.serving:
+                await self._watch_stages(clock())
+
+    def _watch_machines(self) -> None:
+        """Do not wait for a machine to come back whose stage somebody else has loaded."""
+        for node, link in list(self.switch.links.items()):
+            silence_s = link.silence_s
+            if silence_s > self._settings.patience.lost_s and self._coordinator.has_standby(node):
+                self._node_lost(node, f"nothing was heard of it for {silence_s:.1f} s")
+                link.close()
+
+    async def _watch_stages(self, now: float) -> None:
+        """Have stages that hang begin anew, and a pipeline in which nobody has anything to do."""
+        reports, nodes = self._reports.all(), self._deployment.nodes
+        patience = self._settings.patience
+        for node in nodes:
+            reason = hung(reports[node], patience) if node in reports else None
+            if reason is not None:
+                self.say(f"the stage of {self._coordinator.state.node(node).name} hangs: {reason}")
+                await self._empty_stages([node], reason)
+                self._reports.forget(node)
+        in_flight = self._deployment.steps_in_flight
+        if self._progress.is_stuck(reports, nodes, in_flight, now, patience):
+            self.say("steps are under way, and nobody has any: the pipeline begins anew")
+            self._lose_steps(nodes[-1], "its step was lost")
+
+    def _lose_steps(self, node: NodeId, reason: str) -> None:
+        """All that is under way is lost, and nothing else: the same stages begin a new epoch."""
+        record = self._coordinator.state.node(node)
+        if record.resources is not None and record.is_connected:
+            self._coordinator.stage_lost(node, reason)
+            self._coordinator.measured(node, record.resources, self._held[node])
             self._changed.set()
 
     # From what is to what the coordinator wants
@@ -483,13 +529,6 @@ class HeadAgent(Agent):
             await self._stage.restart(self._settings.stage)
 
     # What others see
-
-    def _own_report(self) -> to_head.NodeReport:
-        return to_head.NodeReport(
-            self.stage_counters.get(0, to_agent.StageCounters()),
-            self.link_counters(),
-            self.download,
-        )
 
     async def _publish_views(self) -> None:
         while True:

@@ -148,8 +148,8 @@ class MemberAgent(Agent):
     async def _report(self) -> None:
         while True:
             await asyncio.sleep(REPORT_INTERVAL_S)
-            if HEAD in self.switch.links and (stage := self.stage_counters.get(0)):
-                self.tell_head(to_head.NodeReport(stage, self.link_counters(), self.download))
+            if HEAD in self.switch.links and self.stage_counters:
+                self.tell_head(self.stage_report())
 
     async def _accept(self, accepted: Accepted) -> None:
         await self.run_direct(accepted.link)

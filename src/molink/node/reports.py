@@ -54,7 +54,7 @@ class Reports:
             serving=self._deployment.serving,
             steps_in_flight=self._deployment.steps_in_flight,
             pace=self._deployment.pace,
-            reports=self._all(),
+            reports=self.all(),
             relayed=self._deployment.paths.relayed,
             relayed_bytes=self._switch.relayed,
         )
@@ -66,9 +66,9 @@ class Reports:
         if assigned is None or self._deployment.is_down:
             return None
         nodes = [NodeId(stage.node) for stage in assigned.stages]
-        reports = self._all()
+        reports = self.all()
         stages = [reports[n].stage if n in reports else StageCounters() for n in nodes]
         return PathMeasured(assigned.epoch, measured_hops(nodes, reports), stages)
 
-    def _all(self) -> dict[NodeId, NodeReport]:
+    def all(self) -> dict[NodeId, NodeReport]:
         return self._latest | {HEAD: self._own()}

@@ -73,9 +73,15 @@ class Link:
         self.queue = FrameQueue(self._wake.set)
         self._intake = _Intake(self._wake.set)
         self._closed = asyncio.Event()
-        self._heard_at = 0.0
+        self._heard_at = time.monotonic()
+        self._is_reading = True  # otherwise nothing can be heard
         self._steps_end = 0  # bytes sent, with the last of them that steps wait for
         self.has_delivered = True  # once it has ended: all that steps wait for had arrived
+
+    @property
+    def silence_s(self) -> float:
+        """How long the peer has said nothing."""
+        return time.monotonic() - self._heard_at if self._is_reading else 0.0
 
     @property
     def bytes_sent(self) -> int:
@@ -185,7 +191,9 @@ class Link:
             for header, frame in frames.take(data):
                 waiting = handle(self, header, frame)
                 if waiting is not None:
+                    self._is_reading = False
                     await self._intake.pause(header.priority, waiting, len(frame))
+                    self._is_reading, self._heard_at = True, time.monotonic()
 
 
 class _Intake:

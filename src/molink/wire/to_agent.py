@@ -48,6 +48,8 @@ class StageCounters(msgspec.Struct, tag=True):
     decode: StepCost | None = None  # of steps whose requests all compute their next token
     prefill: StepCost | None = None  # of the others
     bytes_per_token: Rate | None = None  # of activations, as they left in the last second
+    busy_s: Seconds = 0.0  # so far, with the step it is in; 0: it is in none
+    busy_cost_s: Seconds | None = None  # what that step should take; None: not known
 
 
 class Downloading(msgspec.Struct, frozen=True, tag=True):

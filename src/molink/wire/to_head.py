@@ -92,6 +92,7 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
     stage: StageCounters
     links: list[LinkCounters]
     download: Downloading | None = None  # while its stage downloads
+    stage_age_s: Seconds = 0.0  # since the stage has counted
 
 
 ToHead = (

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from molink.cli import serve
-from molink.cli.serve import _slug, _write_private
+from molink.cli import head, serve
+from molink.cli.head import _write_private
+from molink.cli.serve import _slug
 from molink.core.errors import UsageError
 from molink.node.head import HeadAgent
 from molink.node.surroundings import Place, Surroundings
@@ -345,7 +346,8 @@ def test_what_a_container_means_is_said(
     arguments: list[str],
     words: list[str],
 ) -> None:
-    monkeypatch.setattr(serve, "recognise", lambda: Surroundings(Place.DOCKER, True, 64 << 20))
+    for module in (serve, head):
+        monkeypatch.setattr(module, "recognise", lambda: Surroundings(Place.DOCKER, True, 64 << 20))
     said = run("serve", model, "--port", port, *arguments).said
     for note in ("-p 7171:7171", "the API on loopback", "64 MiB"):
         assert (note in said) == (note in words), said
