@@ -33,7 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from terminal import run
 
+from molink.gateway.admission import Admission, Limits
 from molink.gateway.gateway import Gateway
+from molink.gateway.keys import Keys
 from molink.gateway.server import GatewayServer, Tls
 from molink.gateway.upstream import Upstream
 
@@ -282,7 +284,10 @@ def _gateway(engine: Path, tell: Callable[[int], None]) -> None:
 
 
 async def _serve_gateway(engine: Path, tell: Callable[[int], None]) -> None:
-    server = GatewayServer(Gateway(AlwaysUp(), Upstream(engine)))  # type: ignore[arg-type]
+    admission = Admission(Limits(running=10_000), lambda: None)
+    agent = AlwaysUp()
+    handle = Gateway(agent, Upstream(engine), Keys([], None), admission)  # type: ignore[arg-type]
+    server = GatewayServer(handle)
     tell(await server.start("127.0.0.1", 0, Tls()))
     await asyncio.Event().wait()
 
@@ -292,6 +297,7 @@ class AlwaysUp:
 
     down = None
     engines_lost = 0
+    drains = asyncio.Event()
     view = None
     view_json = b"{}"
 

@@ -38,13 +38,16 @@ def value_of(flags: list[str], *names: str) -> str | None:
     return found
 
 
-def without(flags: list[str], *names: str) -> list[str]:
-    """The flags but those, each of which takes one value."""
+def without(flags: list[str], *names: str, is_list: bool = False) -> list[str]:
+    """The flags but those, each of which takes one value, or several."""
     kept, is_value = [], False
     for flag in flags:
-        is_taken = is_value or name_of(flag) in names
-        is_value = not is_value and is_taken and "=" not in flag
-        if not is_taken:
+        if is_value and not (is_list and flag.startswith("-")):
+            is_value = is_list
+        elif name_of(flag) in names:
+            is_value = "=" not in flag
+        else:
+            is_value = False
             kept.append(flag)
     return kept
 

@@ -18,8 +18,9 @@ from molink.cluster.store import Store
 from molink.core.errors import UsageError
 from molink.core.ids import HEAD
 from molink.core.model import ModelFacts
+from molink.gateway.options import GatewayOptions
 from molink.node.engine_host import EngineHost, EngineSettings
-from molink.node.gateway_host import GatewayHost, GatewaySettings
+from molink.node.gateway_host import GatewayHost
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
 from molink.node.stage_host import StageHost
@@ -41,7 +42,7 @@ async def run_head(
     folder: ClusterFolder,
     model: ModelFacts,
     engine: EngineSettings,
-    gateway: GatewaySettings,
+    gateway: GatewayOptions,
     settings: HeadSettings,
     nodes: int | None,
     token_file: Path | None,
@@ -75,12 +76,12 @@ async def run_head(
             run_folder,
             lambda gone: StageHost(HEAD, run_folder, logs, gone),
             lambda gone: EngineHost(engine, run_folder, logs, gone),
-            lambda gone: GatewayHost(gateway, run_folder, logs, gone),
+            lambda gone: GatewayHost(gateway.to_json(), run_folder, logs, gone),
             say,
             DownloadDisplay(),
             TunnelExit(_reachable_here(gateway.host), gateway.port),
         )
-        on_signal(lambda: agent.end("stopped"))
+        on_signal(agent.leave)
         port = await agent.listen()
         folder.head.write_text(f"{_local_host(settings.listen)}:{port}")
         _print_invitation(coordinator, authority, settings, port, token_file or folder.token)

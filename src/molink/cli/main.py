@@ -4,6 +4,7 @@ import typer
 
 from molink import __version__
 from molink.cli.join import join
+from molink.cli.key import key
 from molink.cli.serve import serve
 from molink.cli.status import status
 
@@ -18,6 +19,7 @@ _EXTRA = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_EXTRA)(serve)
 app.command(context_settings=_EXTRA)(join)
 app.command()(status)
+app.command()(key)
 
 
 def _version(value: bool) -> None:

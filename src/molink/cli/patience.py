@@ -10,6 +10,7 @@ from molink.core.errors import UsageError
 PATIENCE = Patience()
 MAX_OUTAGE_S = 300.0  # a node that restarts and loads its layers again needs a part of it
 SPLIT_AFTER_S = 60.0
+DRAIN_S = 30.0
 SHORTEST_S = 2.0  # for a sign of life: nodes report once a second
 LONGEST_S = 7 * 24 * 3600.0
 
@@ -45,9 +46,18 @@ MaxOutageOption = Annotated[
     ),
 ]
 
+DrainOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long requests may take to end once the head is told to; a second Ctrl-C ends "
+        "them at once.",
+    ),
+]
+
 
 def check_patience(
-    lost_after: float, hung_after: float, split_after: float, max_outage: float
+    lost_after: float, hung_after: float, split_after: float, max_outage: float, drain: float
 ) -> dict[str, float]:
     """Those that are not the defaults, by flag. Raises UsageError for one that cannot be."""
     given = {
@@ -55,6 +65,7 @@ def check_patience(
         "--hung-after": (hung_after, SHORTEST_S, PATIENCE.hung_s),
         "--split-after": (split_after, 0.0, SPLIT_AFTER_S),
         "--max-outage": (max_outage, 0.0, MAX_OUTAGE_S),
+        "--drain": (drain, 0.0, DRAIN_S),
     }
     for name, (seconds, least, _) in given.items():
         if not least <= seconds <= LONGEST_S:

@@ -36,10 +36,22 @@ from molink.cli.levers import (
     changed_wire,
     check_drafts,
 )
+from molink.cli.limits import (
+    KEY_VARIABLE,
+    LIMITS,
+    KeysFileOption,
+    MaxRunningOption,
+    MaxWaitingOption,
+    RequestTimeoutOption,
+    changed_limits,
+    take_keys,
+)
 from molink.cli.patience import (
+    DRAIN_S,
     MAX_OUTAGE_S,
     PATIENCE,
     SPLIT_AFTER_S,
+    DrainOption,
     HungAfterOption,
     LostAfterOption,
     MaxOutageOption,
@@ -51,8 +63,9 @@ from molink.cluster.watch import Patience
 from molink.core.errors import MolinkError, UsageError
 from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
+from molink.gateway.admission import Limits
+from molink.gateway.options import GatewayOptions
 from molink.node.engine_host import EngineSettings
-from molink.node.gateway_host import GatewaySettings
 from molink.node.head import HeadSettings
 from molink.node.home import ClusterFolder
 from molink.node.stage_host import StageSettings
@@ -111,6 +124,11 @@ def serve(
     hung_after: HungAfterOption = PATIENCE.hung_s,
     split_after: SplitAfterOption = SPLIT_AFTER_S,
     max_outage: MaxOutageOption = MAX_OUTAGE_S,
+    drain: DrainOption = DRAIN_S,
+    api_keys_file: KeysFileOption = None,
+    max_running: MaxRunningOption = LIMITS.running,
+    max_waiting: MaxWaitingOption = LIMITS.waiting,
+    request_timeout: RequestTimeoutOption = LIMITS.seconds,
 ) -> None:
     """Serve MODEL. Alone it is plain vLLM; with --nodes or --layers, other machines join.
 
@@ -118,12 +136,13 @@ def serve(
     """
     wire = WireFormat(sum=wire_sum, dtype=wire_dtype, coding=wire_coding)
     pacing = Pacing(micro_batches=micro_batches, separate_prefill=separate_prefill, drafts=drafts)
+    limits = Limits(max_running, max_waiting, request_timeout)
     try:
         model, flags = _model_and_flags(model, context.args)
         check_device(device)
         check_addresses({"--listen": listen, "--advertise": advertise})
-        changed_patience = check_patience(lost_after, hung_after, split_after, max_outage)
-        _check_http(host, port, flags)
+        changed_patience = check_patience(lost_after, hung_after, split_after, max_outage, drain)
+        _check_http(host, port, flags, api_keys_file)
         _say_surroundings(host, port, stage_settings(model, flags, send=False))
         if nodes in (None, 1) and layers is None:
             _check_alone(
@@ -131,12 +150,14 @@ def serve(
             )
             _check_alone({"--relay-limit": relay_limit, **changed_patience})
             _check_alone(changed_wire(wire) | changed_pacing(pacing))
+            _check_alone(changed_limits(api_keys_file, limits))
             if model.startswith(("/", "./", "../")):  # what else a name may be, vLLM knows
                 check_name(model)
             _plain_vllm(model, host, port, flags + http_flags(model, flags))
         check_flags(flags)
         check_drafts(pacing, flags)
         tls, flags = take_tls(flags)
+        key_hashes, flags = take_keys(flags, api_keys_file)
         facts = read_model(model, value_of(flags, "--revision"))
         if layers not in (None, "none"):
             LayerRange.parse(layers, facts.num_layers)
@@ -147,7 +168,15 @@ def serve(
                 folder,
                 facts,
                 EngineSettings(model, _engine_flags(model, flags, facts), wire, pacing, max_outage),
-                GatewaySettings(host, port, tls.to_json(), max_outage),
+                GatewayOptions(
+                    host=host,
+                    port=port,
+                    tls=tls,
+                    max_outage_s=max_outage,
+                    key_hashes=key_hashes,
+                    keys_file=api_keys_file and api_keys_file.absolute(),
+                    limits=limits,
+                ),
                 HeadSettings(
                     name=name or socket.gethostname(),
                     listen=listen,
@@ -158,6 +187,7 @@ def serve(
                     http=f"{'https' if tls.certfile else 'http'}://{host}:{port}",
                     patience=Patience(lost_after, hung_after),
                     split_after_s=split_after,
+                    drain_s=drain,
                     relay_bytes_per_s=relay_limit and relay_limit * 125_000,
                 ),
                 nodes,
@@ -207,7 +237,7 @@ def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
-def _check_http(host: str, port: int, flags: list[str]) -> None:
+def _check_http(host: str, port: int, flags: list[str], keys_file: Path | None) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -218,7 +248,7 @@ def _check_http(host: str, port: int, flags: list[str]) -> None:
                 f"cannot serve HTTP on {host}:{port}: {error.strerror}; "
                 "choose another --port or --host"
             ) from None
-    has_key = value_of(flags, "--api-key") or os.environ.get("VLLM_API_KEY")
+    has_key = keys_file or value_of(flags, "--api-key") or os.environ.get(KEY_VARIABLE)
     if host not in LOOPBACK and not has_key:
         say(f"warning: the API on {host}:{port} is open to everybody who reaches it; use --api-key")
 

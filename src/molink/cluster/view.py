@@ -79,6 +79,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     paths: list[PathView] = []
     relays: list[RelayView] = []
     pace: PaceDecision | None = None
+    at_once: int | None = None  # requests that the engine computes at once
 
 
 def make_view(
@@ -88,6 +89,7 @@ def make_view(
     serving: bool,
     steps_in_flight: int,
     pace: PaceDecision | None,
+    at_once: int | None,
     reports: Mapping[NodeId, NodeReport],
     relayed: Set[frozenset[NodeId]],
     relayed_bytes: Mapping[tuple[NodeId, NodeId], int],
@@ -102,6 +104,7 @@ def make_view(
         epoch=state.last_epoch,
         steps_in_flight=steps_in_flight,
         pace=pace,
+        at_once=at_once,
         nodes=[_node_view(state, node, reports.get(node.id)) for node in state.nodes],
         stages=[
             StageView(

@@ -30,9 +30,14 @@ class AgentClient:
         """Blocks until the nodes are there."""
         return self._assigned.result()
 
-    def report_serving(self) -> None:
-        """Tell the agent that the HTTP server answers."""
-        state = to_agent.EngineState(self._assigned.result().epoch, None)
+    def report_serving(self, at_once: int) -> None:
+        """Tell the agent that the HTTP server answers.
+
+        Args:
+            at_once: requests that the engine computes at once.
+        """
+        epoch = self._assigned.result().epoch
+        state = to_agent.EngineState(epoch, None, at_once=at_once)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
 
     def _receive(self) -> None:

@@ -7,6 +7,7 @@ import signal
 PARENT_VARIABLE = "MOLINK_PARENT"  # process id of who starts a process of ours
 SOCKET_VARIABLE = "MOLINK_AGENT_SOCKET"  # path of the local agent's socket
 SERVER_FLAGS_VARIABLE = "MOLINK_SERVER_FLAGS"  # JSON list: all of the user's vLLM flags
+GATEWAY_VARIABLE = "MOLINK_GATEWAY"  # JSON of a gateway's options
 FLAGS_VARIABLE = "MOLINK_ENGINE_FLAGS"  # JSON list: the user's vLLM engine flags
 PACING_VARIABLE = "MOLINK_PACING"  # JSON: how the pipeline is filled
 OUTAGE_VARIABLE = "MOLINK_MAX_OUTAGE"  # seconds that requests wait for a lost stage

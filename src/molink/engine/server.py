@@ -79,13 +79,13 @@ def _saying_what_is_wrong() -> Iterator[None]:
 
 
 async def serve(
-    arguments: Namespace, stages: Sequence[StagePlace], answers: Callable[[], None]
+    arguments: Namespace, stages: Sequence[StagePlace], answers: Callable[[int], None]
 ) -> None:
     """Run the server until it is told to end, or its engine core is gone.
 
     Args:
         stages: of the pipeline, in order.
-        answers: called when it answers.
+        answers: called when it answers, with the requests that the engine computes at once.
     """
     set_partition([stage.end - stage.start for stage in stages])
     arguments.pipeline_parallel_size = len(stages)
@@ -108,7 +108,7 @@ def _settle_dtype(arguments: Namespace, stages: Sequence[StagePlace]) -> None:
 
 
 @contextmanager
-def _customised_app(answers: Callable[[], None]) -> Iterator[None]:
+def _customised_app(answers: Callable[[int], None]) -> Iterator[None]:
     """Guard the routes of the application that `run_server` builds, and watch over it.
 
     `run_server` finds `build_app` in its own module; breaks if it gets it from elsewhere.
@@ -137,7 +137,7 @@ class _Watch:
     before another engine could begin.
     """
 
-    def __init__(self, app: Any, stack: Any, answers: Callable[[], None]) -> None:
+    def __init__(self, app: Any, stack: Any, answers: Callable[[int], None]) -> None:
         self._app = app
         self._stack = stack
         self._answers = answers
@@ -151,8 +151,9 @@ class _Watch:
         async def forward(message: Any) -> None:
             await send(message)
             if message["type"] == "lifespan.startup.complete":
-                self._watching = asyncio.create_task(self._watch(self._app.state.engine_client))
-                self._answers()
+                core = self._app.state.engine_client
+                self._watching = asyncio.create_task(self._watch(core))
+                self._answers(core.vllm_config.scheduler_config.max_num_seqs)
 
         await self._stack(scope, receive, forward)
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,12 +11,19 @@ from pathlib import Path
 import uvloop
 
 from molink.core.errors import UsageError
-from molink.engine.environment import die_with_parent
+from molink.engine.environment import GATEWAY_VARIABLE, die_with_parent
+from molink.gateway.admission import Admission
 from molink.gateway.agent_client import AgentClient
 from molink.gateway.gateway import Gateway
-from molink.gateway.server import GatewayServer, Tls
+from molink.gateway.keys import Keys
+from molink.gateway.options import GatewayOptions
+from molink.gateway.server import GatewayServer
 from molink.gateway.upstream import Upstream
 from molink.node.processes import EXIT_USAGE
+
+logger = logging.getLogger("molink.gateway")
+DRAIN_S = 0.1  # how often the agent hears what is left
+REFRESH_S = 2.0  # how often the file of keys is looked at
 
 
 def main() -> None:
@@ -32,21 +40,42 @@ def main() -> None:
 async def _serve(options: argparse.Namespace) -> None:
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-    agent = AgentClient(options.socket, options.max_outage)
-    server = GatewayServer(Gateway(agent, Upstream(options.engine_socket)))
-    await server.start(options.host, options.port, Tls.from_json(options.tls))
+    given = GatewayOptions.from_json(os.environ.pop(GATEWAY_VARIABLE))
+    keys = Keys(given.key_hashes, given.keys_file)
+    agent = AgentClient(options.socket, given.max_outage_s)
+    admission = Admission(given.limits, lambda: agent.view.at_once if agent.view else None)
+    seconds = given.limits.seconds
+    gateway = Gateway(agent, Upstream(options.engine_socket), keys, admission, seconds)
+    server = GatewayServer(gateway)
+    await server.start(given.host, given.port, given.tls)
+    tasks = [asyncio.create_task(_refresh(keys)), asyncio.create_task(_drain(agent, admission))]
     await ended.wait()
+    for task in tasks:
+        task.cancel()
     await server.stop()
+
+
+async def _drain(agent: AgentClient, admission: Admission) -> None:
+    await agent.drains.wait()
+    while True:
+        agent.report_drained(admission.present)
+        await asyncio.sleep(DRAIN_S)
+
+
+async def _refresh(keys: Keys) -> None:
+    said = None
+    while True:
+        await asyncio.sleep(REFRESH_S)
+        await asyncio.to_thread(keys.refresh)
+        if keys.trouble not in (None, said):
+            logger.warning("%s; the keys of before count", keys.trouble)
+        said = keys.trouble
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="molink-gateway", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="of the agent")
     parser.add_argument("--engine-socket", type=Path, required=True)
-    parser.add_argument("--host", required=True)
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--tls", required=True, help="JSON of a Tls")
-    parser.add_argument("--max-outage", type=float, required=True, help="seconds")
     return parser
 
 

@@ -13,7 +13,8 @@ from molink.core.ids import HEAD, Address, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_gateway
 from molink.wire.frames import Kind
-from molink.wire.to_gateway import EngineGone, PipelineDown, ToGateway
+from molink.wire.to_agent import GatewayDrains
+from molink.wire.to_gateway import Drain, EngineGone, PipelineDown, ToGateway
 
 logger = logging.getLogger("molink.gateway")
 AGENT = Address(HEAD, Port.AGENT)
@@ -39,6 +40,7 @@ class AgentClient:
         self.view: ClusterView | None = None
         self.down: str | None = STARTING
         self.engines_lost = 0
+        self.drains = asyncio.Event()  # nothing more is to be taken
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.GATEWAY))
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
         threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
@@ -57,6 +59,10 @@ class AgentClient:
         if self.waits_for_s or not self._has_served:
             return reason
         return f"{reason}; nobody took its place within {self._max_outage_s:g} s (--max-outage)"
+
+    def report_drained(self, requests: int) -> None:
+        """Say how many requests there are still to be answered."""
+        self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(GatewayDrains(requests))])
 
     async def change(self, timeout_s: float) -> None:
         """Wait until something is lost or back, but no longer than so many seconds."""
@@ -81,6 +87,8 @@ class AgentClient:
         match message:
             case PipelineDown(reason=reason):
                 self._goes_down(reason)
+            case Drain():
+                self.drains.set()
             case EngineGone(reason=reason):
                 self._goes_down(reason)
                 self.engines_lost += 1

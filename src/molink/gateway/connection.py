@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Protocol, cast
 
 import httptools
@@ -42,12 +42,12 @@ class Connection(asyncio.Protocol):
 
     Args:
         handle: answers requests.
-        closed: called once when it is gone.
+        connections: where it is while it is open; one whose TLS fails never is.
     """
 
-    def __init__(self, handle: Handler, closed: Callable[["Connection"], None]) -> None:
+    def __init__(self, handle: Handler, connections: set["Connection"]) -> None:
         self._handle = handle
-        self._closed = closed
+        self._connections = connections
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport
         self._request = Request(b"", b"")  # that is being read
@@ -66,6 +66,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self._timeout_s == IDLE_TIMEOUT_S:
@@ -90,7 +91,7 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self._writable.set()
-        self._closed(self)
+        self._connections.discard(self)
 
     def pause_writing(self) -> None:
         self._writable.clear()

@@ -6,16 +6,19 @@ asked again as a whole; a stream of completions goes on behind what the client h
 
 import asyncio
 import contextlib
+import math
 import re
 
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 
 from molink.gateway.adapters import LOAD_PATH, UNLOAD_PATH, Adapters, refuse_in_place
+from molink.gateway.admission import Admission
 from molink.gateway.agent_client import AgentClient
 from molink.gateway.connection import Answer
 from molink.gateway.generation import Generation
 from molink.gateway.http import Headers, Refusal, Request, end_to_end
+from molink.gateway.keys import Keys
 from molink.gateway.metrics import ClusterCollector, GatewayMetrics
 from molink.gateway.stream import DONE, DivergedError
 from molink.gateway.upstream import Reply, Upstream, UpstreamLostError
@@ -29,24 +32,41 @@ UNAVAILABLE = "ServiceUnavailableError"
 INTERNAL = "InternalServerError"
 METRICS_HEADERS: Headers = [(b"content-type", b"text/plain; version=0.0.4; charset=utf-8")]
 ALWAYS_ANSWERED = ("/version", "/ping")  # by an engine whose pipeline is down
+FREE_PATHS = (LOAD_PATH, UNLOAD_PATH, "/tokenize", "/detokenize")  # nothing is computed for them
+DEADLINE_HEADER = b"x-request-timeout"  # seconds
 NEVER_WAIT = ("/health", LOAD_PATH, UNLOAD_PATH)
 _INTERNAL_ERROR = re.compile(
     rb'^((?:data: )?\{"error": ?)\{"message": ?"Internal server error"[^}]*\}', re.MULTILINE
 )
 """How vLLM ends the stream of a request that has failed, and so does `/generate`."""
 _ABORTED = b'"finish_reason":"abort"'
+_COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?([0-9]{1,9})')
 
 
 class Gateway:
-    """Answers the requests of all clients."""
+    """Answers the requests of all clients.
 
-    def __init__(self, agent: AgentClient, engine: Upstream) -> None:
+    Args:
+        seconds: most that a request may take.
+    """
+
+    def __init__(
+        self,
+        agent: AgentClient,
+        engine: Upstream,
+        keys: Keys,
+        admission: Admission,
+        seconds: float | None = None,
+    ) -> None:
         self._agent = agent
         self._engine = engine
+        self._keys = keys
+        self._admission = admission
+        self._seconds = seconds
         self._adapters = Adapters()
         self._registry = CollectorRegistry()
         self._registry.register(ClusterCollector(lambda: agent.view))
-        self._metrics = GatewayMetrics(self._registry)
+        self._metrics = GatewayMetrics(self._registry, lambda: admission.waiting)
 
     async def __call__(self, request: Request, answer: Answer) -> None:
         if request.path == "/cluster":
@@ -54,11 +74,29 @@ class Gateway:
         elif request.path == "/metrics":
             await self._show_metrics(request, answer)
         else:
-            if request.path == LOAD_PATH:
-                refuse_in_place(request.body)
-            exchange = _Exchange(request, answer, self._agent, self._engine, self._adapters)
             with self._metrics.counted(answer):
-                await exchange.run()
+                await self._serve(request, answer)
+
+    async def _serve(self, request: Request, answer: Answer) -> None:
+        tenant = self._keys.tenant_of(request)
+        if self._agent.drains.is_set() and request.path not in ALWAYS_ANSWERED:
+            raise Refusal(503, UNAVAILABLE, "the server is about to end", RETRY_AFTER_S)
+        if request.path == LOAD_PATH:
+            refuse_in_place(request.body)
+        seconds = _deadline_of(request, self._seconds)
+        exchange = _Exchange(request, answer, self._agent, self._engine, self._adapters)
+        try:
+            async with asyncio.timeout(seconds):
+                if request.method != b"POST" or request.path in FREE_PATHS:
+                    await exchange.run()
+                    return
+                async with self._admission.enter(tenant, len(request.body)):
+                    await exchange.run()
+        except TimeoutError:
+            late = Refusal(504, "TimeoutError", f"the request was not done within {seconds:g} s")
+            await exchange.refuse(late)
+        finally:
+            self._admission.charge(tenant, exchange.num_tokens)
             self._metrics.resumed.inc(exchange.times_resumed)
 
     async def _show_metrics(self, request: Request, answer: Answer) -> None:
@@ -94,6 +132,7 @@ class _Exchange:
         self._body = self._generation.body if self._generation else request.body
         self._engines_lost = agent.engines_lost
         self._setbacks = 0
+        self._num_whole = 0  # tokens of an answer that came at once
         self.times_resumed = 0
 
     async def run(self) -> None:
@@ -101,19 +140,24 @@ class _Exchange:
         try:
             while True:
                 self._refuse_what_cannot_wait()
-                self._engines_lost, tokens = self._agent.engines_lost, self._num_tokens
+                self._engines_lost, tokens = self._agent.engines_lost, self.num_tokens
                 try:
                     return await self._ask()
                 except UpstreamLostError as error:
-                    await self._lost(error, has_more=self._num_tokens > tokens)
+                    await self._lost(error, has_more=self.num_tokens > tokens)
         except Refusal as refusal:
-            if not self._answer.is_begun:
-                raise
-            await self._break_off(msgspec.json.encode(refusal.error))
+            await self.refuse(refusal)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """End with an error. Raises it while the client has nothing of the answer."""
+        if not self._answer.is_begun:
+            raise refusal
+        await self._break_off(msgspec.json.encode(refusal.error))
 
     @property
-    def _num_tokens(self) -> int:
-        return self._generation.stream.num_tokens if self._generation else 0
+    def num_tokens(self) -> int:
+        """Tokens that were generated for the client."""
+        return self._generation.stream.num_tokens if self._generation else self._num_whole
 
     def _refuse_what_cannot_wait(self) -> None:
         if self._agent.down is None or self._path in ALWAYS_ANSWERED:
@@ -153,6 +197,8 @@ class _Exchange:
         if self._answer.is_begun:  # a stream, to which this engine says no
             await self._break_off(_error_in(body))
             return
+        if found := _COMPLETION_TOKENS.search(body):
+            self._num_whole = int(found[1])
         self._adapters.note(self._path, self._request.body, reply.status)
         self._answer.whole(reply.status, end_to_end(reply.headers), body)
 
@@ -233,6 +279,18 @@ class _Exchange:
             if not self._agent.waits_for_s:
                 raise self._unavailable()
             await self._agent.change(self._agent.waits_for_s)
+
+
+def _deadline_of(request: Request, most: float | None) -> float | None:
+    """Seconds that a request may take: its client's wish, within what the head allows."""
+    text = request.header(DEADLINE_HEADER)
+    if text is None:
+        return most
+    with contextlib.suppress(ValueError):
+        seconds = float(text)
+        if 0 < seconds < math.inf:
+            return min(seconds, most or seconds)
+    raise Refusal(400, "BadRequestError", f"{DEADLINE_HEADER.decode()}: expected seconds")
 
 
 def _is_stream(headers: Headers) -> bool:

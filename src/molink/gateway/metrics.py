@@ -15,10 +15,15 @@ from molink.gateway.http import Refusal
 class GatewayMetrics:
     """What the gateway counts itself."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, registry: CollectorRegistry, waiting: Callable[[], int]) -> None:
         self._in_flight = Gauge(
             "molink_gateway_requests_in_flight", "Requests without an answer", registry=registry
         )
+        Gauge(
+            "molink_gateway_requests_waiting",
+            "Requests that wait for a place at the engine",
+            registry=registry,
+        ).set_function(waiting)
         self._answers = Counter(
             "molink_gateway_answers", "Answers by status", ["status"], registry=registry
         )

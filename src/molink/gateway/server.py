@@ -2,8 +2,6 @@
 
 import asyncio
 import ssl
-from dataclasses import dataclass
-from typing import Self
 
 import msgspec
 
@@ -14,21 +12,13 @@ BACKLOG = 2048
 CHECK_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Tls:
+class Tls(msgspec.Struct, frozen=True):
     """Files for HTTPS, as vLLM's flags name them. Without a certificate it is HTTP."""
 
     certfile: str | None = None
     keyfile: str | None = None
     ca_certs: str | None = None
     cert_reqs: int = 0  # ssl.VerifyMode
-
-    def to_json(self) -> str:
-        return msgspec.json.encode(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        return msgspec.json.decode(text, type=cls)
 
     def context(self) -> ssl.SSLContext | None:
         """Raises UsageError for files that cannot be used."""
@@ -57,9 +47,10 @@ class GatewayServer:
     async def start(self, host: str, port: int, tls: Tls) -> int:
         """Listen; returns the port. Raises UsageError if that is not possible."""
         loop = asyncio.get_running_loop()
+        connect = lambda: Connection(self._handle, self._connections)  # noqa: E731
         try:
             self._server = await loop.create_server(
-                self._connected, host, port, ssl=tls.context(), backlog=BACKLOG
+                connect, host, port, ssl=tls.context(), backlog=BACKLOG
             )
         except OSError as error:
             reason = error.strerror or str(error)
@@ -69,11 +60,6 @@ class GatewayServer:
         self._checking = loop.create_task(self._check())
         bound: int = self._server.sockets[0].getsockname()[1]
         return bound
-
-    def _connected(self) -> Connection:
-        connection = Connection(self._handle, self._connections.discard)
-        self._connections.add(connection)
-        return connection
 
     async def _check(self) -> None:
         loop = asyncio.get_running_loop()

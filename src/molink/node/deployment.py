@@ -51,6 +51,7 @@ class Deployment:
         self.warming: dict[NodeId, LayerRange] = {}  # what spares are loading ahead
         self.unable: set[tuple[NodeId, LayerRange]] = set()  # what spares could not load
         self.http_up = False
+        self.at_once: int | None = None  # requests that the engine computes at once
         self.serving = False
         self.steps_in_flight = 0
         self.pace: PaceDecision | None = None
@@ -151,7 +152,7 @@ class Deployment:
         Returns the node whose stage could not be loaded into the present pipeline.
         """
         if port == Port.SERVER:
-            self.http_up = True
+            self.http_up, self.at_once = True, state.at_once
             return None
         self.steps_in_flight, self.pace = state.steps_in_flight, state.pace
         if self.pipeline is None or state.epoch != self.pipeline.epoch or self.is_down:

@@ -1,61 +1,48 @@
 """Keeps the gateway's process: what clients talk to."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from molink.core.errors import MolinkError, ProcessError, UsageError
+from molink.engine.environment import GATEWAY_VARIABLE
 from molink.node.home import RunFolder
 from molink.node.processes import EXIT_USAGE, Child, how_it_ended
 
 GATEWAY_MODULE = "molink.entrypoints.gateway"
 
 
-@dataclass(frozen=True, slots=True)
-class GatewaySettings:
-    """What the head's user said about the API's port."""
-
-    host: str
-    port: int
-    tls: str  # JSON of a gateway.server.Tls
-    max_outage_s: float  # that requests wait for what is lost
-
-
 class GatewayHost:
     """Owns the gateway's process.
 
     Args:
+        options: JSON of what it is told.
         gone: called with the reason when it ended by itself; a UsageError if another one would
             end in the same way.
     """
 
     def __init__(
         self,
-        settings: GatewaySettings,
+        options: str,
         run_folder: RunFolder,
         logs: Path,
         gone: Callable[[MolinkError], None],
     ) -> None:
-        self._settings = settings
+        self._options = options
         self._run_folder = run_folder
         self._log = logs / "gateway.log"
         self._gone = gone
         self._child: Child | None = None
 
     async def start(self) -> None:
-        settings = self._settings
         self._child = Child(
             GATEWAY_MODULE,
             [
                 f"--socket={self._run_folder.socket}",
                 f"--engine-socket={self._run_folder.http}",
-                f"--host={settings.host}",
-                f"--port={settings.port}",
-                f"--tls={settings.tls}",
-                f"--max-outage={settings.max_outage_s}",
             ],
             log=self._log,
             exited=self._exited,
+            environment={GATEWAY_VARIABLE: self._options},
         )
         await self._child.start()
 

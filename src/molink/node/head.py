@@ -72,6 +72,7 @@ class HeadSettings:
     http: str  # URL of the OpenAI API
     patience: Patience
     split_after_s: float  # that the others wait for a lost node's successor
+    drain_s: float  # that requests may take to end when the head is told to
     relay_bytes_per_s: float | None = None  # most that the head relays between other nodes
 
 
@@ -116,6 +117,8 @@ class HeadAgent(Agent):
         self._remote_hosts: dict[NodeId, str] = {}
         self._waiting_for = ""
         self._waiting_since: float | None = None
+        self._is_leaving = False
+        self._said_draining = False
         self._progress = Progress()
         self._reports = Reports(
             coordinator, self._deployment, self.switch, self.stage_report, settings.http
@@ -157,6 +160,25 @@ class HeadAgent(Agent):
         finally:
             self.cancel_tasks()
             await self._stop()
+
+    def leave(self) -> None:
+        """End once all requests are answered, which may take `drain_s`; at once if asked again."""
+        has_gateway = bool(self.switch.local.get(Port.GATEWAY))
+        if self._is_leaving or not has_gateway or not self._deployment.serving:
+            self.end("stopped")
+            return
+        self._is_leaving = True
+        self.tell_gateway(to_gateway.Drain())
+        late = f"stopped, although requests were under way after {self._settings.drain_s:g} s"
+        asyncio.get_running_loop().call_later(self._settings.drain_s, self.end, late)
+
+    def _drained(self, requests: int) -> None:
+        if requests == 0:
+            self.end("stopped")
+        elif not self._said_draining:
+            self._said_draining = True
+            many = "1 request is" if requests == 1 else f"{requests} requests are"
+            self.say(f"{many} under way, and may end; Ctrl-C once more ends everything at once")
 
     async def _stop(self) -> None:
         for node in list(self.switch.links):
@@ -297,6 +319,8 @@ class HeadAgent(Agent):
                     self._stage_failed(failed, message.error or "")
                 if self._deployment.serving and not had_served:
                     self._changed.set()  # there is time for standbys
+            case to_agent.GatewayDrains(requests=requests):
+                self._drained(requests)
             case StandbyPrepared(node=node, error=error):
                 self._standby_prepared(NodeId(node), error)
             case _:

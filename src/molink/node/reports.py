@@ -53,6 +53,7 @@ class Reports:
             http=self._http,
             serving=self._deployment.serving,
             steps_in_flight=self._deployment.steps_in_flight,
+            at_once=self._deployment.at_once,
             pace=self._deployment.pace,
             reports=self.all(),
             relayed=self._deployment.paths.relayed,

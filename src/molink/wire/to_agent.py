@@ -89,6 +89,7 @@ class EngineState(msgspec.Struct, frozen=True, tag=True):
     steps_in_flight: int = 0
     failed: int | None = None  # the node that could not load its layers
     pace: PaceDecision | None = None  # the latest
+    at_once: int | None = None  # requests that it computes at once; its HTTP server says so
 
 
 class StandbyPrepared(msgspec.Struct, frozen=True, tag=True):
@@ -96,6 +97,12 @@ class StandbyPrepared(msgspec.Struct, frozen=True, tag=True):
 
     node: int
     error: str | None
+
+
+class GatewayDrains(msgspec.Struct, frozen=True, tag=True):
+    """How many requests the gateway still has to answer before the head may end."""
+
+    requests: int
 
 
 class EngineFailed(msgspec.Struct, frozen=True, tag=True):
@@ -169,6 +176,7 @@ ToAgent = (
     | Downloading
     | EngineState
     | StandbyPrepared
+    | GatewayDrains
     | EngineFailed
     | Welcome
     | Refused

@@ -23,7 +23,11 @@ class ClusterView(msgspec.Struct, frozen=True, tag=True):
     view: bytes  # JSON, as `/cluster` serves it
 
 
-ToGateway = PipelineDown | EngineGone | ClusterView
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """The head is about to end: take nothing more; answered by `to_agent.GatewayDrains`."""
+
+
+ToGateway = PipelineDown | EngineGone | ClusterView | Drain
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)

@@ -12,7 +12,9 @@ import pytest
 import uvloop
 
 from molink.gateway import gateway, server
+from molink.gateway.admission import Admission, Limits
 from molink.gateway.gateway import Gateway
+from molink.gateway.keys import Keys
 from molink.gateway.server import GatewayServer, Tls
 from molink.gateway.upstream import Upstream
 
@@ -26,6 +28,7 @@ class FakeAgent:
     def __init__(self) -> None:
         self.down: str | None = None
         self.engines_lost = 0
+        self.drains = asyncio.Event()
         self.waits_for_s = 0.0
         self._changed = asyncio.Event()
 
@@ -146,8 +149,12 @@ class FakeEngine:
 class Served:
     """A running gateway, its engine and its agent."""
 
-    def __init__(self, agent: FakeAgent, engine: FakeEngine, port: int) -> None:
+    def __init__(
+        self, agent: FakeAgent, engine: FakeEngine, keys: Keys, admission: Admission, port: int
+    ) -> None:
         self.agent = agent
+        self.keys = keys
+        self.admission = admission
         self.engine = engine
         self.port = port
         self.http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False)
@@ -176,8 +183,10 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     agent, engine = FakeAgent(), FakeEngine(tmp_path / "engine")
     await engine.start()
     upstream = Upstream(engine.path)
-    port = GatewayServer(Gateway(agent, upstream))  # type: ignore[arg-type]
-    served = Served(agent, engine, await port.start("127.0.0.1", 0, Tls()))
+    keys, admission = Keys([], None), Admission(Limits(), lambda: None)
+    handle = Gateway(agent, upstream, keys, admission)  # type: ignore[arg-type]
+    port = GatewayServer(handle)
+    served = Served(agent, engine, keys, admission, await port.start("127.0.0.1", 0, Tls()))
     async with served.http:
         yield served
     upstream.close()

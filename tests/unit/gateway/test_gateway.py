@@ -8,7 +8,9 @@ import httpx
 import pytest
 
 from molink.gateway import connection
+from molink.gateway.admission import Limits
 from molink.gateway.gateway import MOST_SETBACKS
+from molink.gateway.keys import Keys, hash_of
 from molink.wire.delivered import key_of
 
 from .conftest import Asked, Served
@@ -352,3 +354,92 @@ async def test_an_adapter_is_not_replaced_in_place(served: Served) -> None:
     assert answer.status_code == 400
     assert "unload the adapter" in answer.json()["error"]["message"]
     assert served.engine.asked == []
+
+
+# --- who may ask, and how much
+
+
+async def test_a_client_without_a_key_gets_none_of_the_engine(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served.engine.script = lambda asked: asked.whole(200, b"{}")
+    monkeypatch.setattr(served.keys, "_given", Keys([hash_of("key")], None)._given)
+    refused = await served.http.get("/v1/models")
+    assert refused.status_code == 401
+    assert "Bearer KEY" in refused.json()["error"]["message"]
+    assert served.engine.asked == []
+    for path in ("/health", "/cluster", "/metrics"):
+        assert (await served.http.get(path)).status_code == 200
+    taken = await served.http.get("/v1/models", headers={"authorization": "Bearer key"})
+    assert taken.status_code == 200
+
+
+async def test_who_comes_when_all_places_are_taken_is_told_when_to_come_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        if asked.first.startswith("POST"):
+            await ends.wait()
+        await asked.whole(200, b"{}")
+
+    served.engine.script = script
+    monkeypatch.setattr(served.admission, "_limits", Limits(running=1, waiting=1))
+    asked = [asyncio.create_task(served.http.post(COMPLETIONS, json={})) for _ in range(3)]
+    done, _ = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
+    (refused,) = (task.result() for task in done)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) >= 1
+    assert (await served.http.get("/v1/models")).status_code == 200  # nothing is computed for it
+    ends.set()
+    answers = await asyncio.gather(*asked)
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 429]
+    metrics = (await served.http.get("/metrics")).text
+    assert 'molink_gateway_answers_total{status="429"} 1.0' in metrics
+
+
+@pytest.mark.parametrize("begins", [False, True])
+async def test_a_request_that_takes_too_long_ends_here_and_at_the_engine(
+    served: Served, begins: bool
+) -> None:
+    async def script(asked: Asked) -> None:
+        if begins:
+            await asked.begin()
+            await asked.say(event([0]))
+        await asked.reader.readexactly(1)
+
+    served.engine.script = script
+    headers = {"x-request-timeout": "0.2"}
+    answer = await served.http.post(COMPLETIONS, json={"stream": True}, headers=headers)
+    assert answer.status_code == (200 if begins else 504)
+    assert "the request was not done within 0.2 s" in answer.text
+    await asyncio.wait_for(served.engine.gone.wait(), 5)
+
+
+@pytest.mark.parametrize("seconds", ["-1", "0", "soon", "inf", "nan"])
+async def test_a_timeout_that_is_none(served: Served, seconds: str) -> None:
+    headers = {"x-request-timeout": seconds}
+    answer = await served.http.post(COMPLETIONS, json={}, headers=headers)
+    assert answer.status_code == 400
+    assert "x-request-timeout: expected seconds" in answer.json()["error"]["message"]
+
+
+async def test_a_server_that_is_about_to_end_takes_nothing_more(served: Served) -> None:
+    begun, ends = asyncio.Event(), asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        begun.set()
+        await ends.wait()
+        await asked.whole(200, b"{}")
+
+    served.engine.script = script
+    first = asyncio.create_task(served.http.post(COMPLETIONS, json={}))
+    await begun.wait()
+    served.agent.drains.set()
+    refused = await served.http.post(COMPLETIONS, json={})
+    assert (refused.status_code, served.admission.present) == (503, 1)
+    assert "about to end" in refused.json()["error"]["message"]
+    ends.set()
+    assert (await first).status_code == 200
+    assert served.admission.present == 0
