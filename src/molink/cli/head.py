@@ -31,7 +31,7 @@ from molink.transport.identity import (
     NodeIdentity,
     NodeKey,
 )
-from molink.transport.token import JoinToken, new_secret
+from molink.transport.token import JoinToken
 from molink.transport.tunnel import TunnelExit
 
 TOKEN_LIFETIME_S = 24 * 3600
@@ -84,7 +84,10 @@ async def run_head(
         on_signal(agent.leave)
         port = await agent.listen()
         folder.head.write_text(f"{_local_host(settings.listen)}:{port}")
-        _print_invitation(coordinator, authority, settings, port, token_file or folder.token)
+        agent.addresses = _addresses(settings, port)
+        _print_invitation(
+            agent.invite(TOKEN_LIFETIME_S), settings, port, token_file or folder.token
+        )
         say(f"logs are in {logs}")
         say(await agent.run())
     finally:
@@ -93,20 +96,8 @@ async def run_head(
 
 
 def _print_invitation(
-    coordinator: Coordinator,
-    authority: ClusterAuthority,
-    settings: HeadSettings,
-    port: int,
-    token_file: Path,
+    token: JoinToken, settings: HeadSettings, port: int, token_file: Path
 ) -> None:
-    token = JoinToken(
-        addresses=_addresses(settings, port),
-        authority_key=authority.public_key_bytes,
-        secret=new_secret(),
-        cluster_id=authority.cluster_id,
-        expires_at=int(time.time()) + TOKEN_LIFETIME_S,
-    )
-    coordinator.add_token(token.enrolment_root(), token.expires_at)
     text = token.encode()
     _write_private(token_file, text + "\n")
     say(f"MoLink gRPC server works at {token.addresses[0]}; token in {token_file}")

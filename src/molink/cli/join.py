@@ -171,6 +171,7 @@ async def _join(
         logs = folder.path / "logs"
         agent = MemberAgent(
             identity,
+            lambda renewed: renewed.save(folder.identity),
             replace(settings, head=head),
             run_folder,
             lambda gone: StageHost(node, run_folder, logs, gone),

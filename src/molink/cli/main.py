@@ -5,6 +5,7 @@ import typer
 from molink import __version__
 from molink.cli.join import join
 from molink.cli.key import key
+from molink.cli.orders import node, token
 from molink.cli.serve import serve
 from molink.cli.status import status
 
@@ -20,6 +21,8 @@ app.command(context_settings=_EXTRA)(serve)
 app.command(context_settings=_EXTRA)(join)
 app.command()(status)
 app.command()(key)
+app.add_typer(token, name="token")
+app.add_typer(node, name="node")
 
 
 def _version(value: bool) -> None:

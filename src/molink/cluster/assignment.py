@@ -68,7 +68,7 @@ def remaining_stages(
     nodes = tuple(replace(node, stands_by=False) for node in state.nodes)
     here = replace(state, nodes=nodes, last_stages=())
     trouble = Waiting(f"nobody is here: {_presence(state)}")
-    for count in [nodes_wanted] if nodes_wanted else range(len(here.ready), 0, -1):
+    for count in [nodes_wanted] if nodes_wanted else range(len(_for_stages(here)), 0, -1):
         try:
             stages = first_stages(here, model, count)
         except PlanError as error:
@@ -95,8 +95,8 @@ def _has_returned(state: ClusterState, stage: Stage) -> bool:
 
 
 def _for_stages(state: ClusterState) -> list[NodeRecord]:
-    """Ready nodes that have not joined to stand by."""
-    return [node for node in state.ready if not node.stands_by]
+    """Ready nodes that have not joined to stand by, and are not to go."""
+    return [node for node in state.ready if not node.stands_by and not node.drains]
 
 
 def _around_pinned(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] | Waiting:
@@ -136,6 +136,14 @@ def mended_stages(state: ClusterState, model: ModelFacts) -> tuple[Stage, ...] |
             spares.remove(owner)
         stages.append(Stage(owner.id, stage.layers, owner.tensor_parallel_size))
     return tuple(stages)
+
+
+def heir_of(state: ClusterState, model: ModelFacts, node: NodeId) -> NodeRecord | None:
+    """Who would take a node's stage now, one that has loaded it before all others; None: nobody."""
+    assert state.pipeline is not None
+    stage = next(stage for stage in state.pipeline.stages if stage.node == node)
+    heirs = [spare for spare in _spares(state) if _is_heir(spare, stage, model)]
+    return max(heirs, key=lambda spare: spare.loaded is not None, default=None)
 
 
 def next_standby(
@@ -191,7 +199,7 @@ def misplaced(state: ClusterState, model: ModelFacts) -> list[NodeId]:
 
 def _spares(state: ClusterState) -> list[NodeRecord]:
     assert state.pipeline is not None
-    return [node for node in state.ready if node.id not in state.pipeline.nodes]
+    return [n for n in state.ready if n.id not in state.pipeline.nodes and not n.drains]
 
 
 def _is_heir(spare: NodeRecord, stage: Stage, model: ModelFacts) -> bool:
@@ -202,7 +210,7 @@ def _is_heir(spare: NodeRecord, stage: Stage, model: ModelFacts) -> bool:
 def _may_take(node: NodeRecord, stage: Stage) -> bool:
     """Not with other ranks: the other stages know how many there are."""
     is_same = node.tensor_parallel_size == stage.tensor_parallel_size
-    return node.computes and is_same and node.layers in (None, stage.layers)
+    return node.computes and not node.drains and is_same and node.layers in (None, stage.layers)
 
 
 def _can_take(spare: NodeRecord, stage: Stage, model: ModelFacts) -> bool:

@@ -7,6 +7,7 @@ from molink.cluster.admission import HeldModel, Hello, check_model, check_node_n
 from molink.cluster.assignment import (
     Waiting,
     first_stages,
+    heir_of,
     mended_stages,
     misplaced,
     next_standby,
@@ -16,17 +17,21 @@ from molink.cluster.events import (
     EngineLost,
     Event,
     HeadStarted,
+    NodeDrained,
     NodeEnrolled,
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    NodeRevoked,
     PipelineDropped,
     PipelinePlanned,
     StageLost,
     StandbyLoaded,
     TokenCreated,
+    TokenRevoked,
+    TokenUsed,
 )
-from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, Role, apply
+from molink.cluster.state import ClusterState, NodeRecord, NodeStatus, Role, TokenRecord, apply
 from molink.cluster.store import StateStore
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import AdmissionError, PlanError, UsageError
@@ -66,10 +71,15 @@ class Coordinator:
         return self._state
 
     @property
-    def live_roots(self) -> list[bytes]:
-        """PEM certificates below which holders of unexpired join tokens make theirs."""
+    def live_tokens(self) -> list[TokenRecord]:
+        """Those that let nodes in now."""
         now = self._clock()
-        return [token.root_certificate for token in self._state.tokens if token.expires_at > now]
+        return [token for token in self._state.tokens if token.expires_at > now]
+
+    @property
+    def live_roots(self) -> list[bytes]:
+        """PEM certificates below which holders of live join tokens make theirs."""
+        return [token.root_certificate for token in self.live_tokens]
 
     def start(self, model: ModelFacts, head_name: str) -> None:
         """Begin to serve `model`: all nodes are away, the head is node 0."""
@@ -77,17 +87,90 @@ class Coordinator:
         if not self._state.nodes:
             self._record(NodeEnrolled(HEAD, check_node_name(head_name), self._clock()))
 
-    def add_token(self, root_certificate: bytes, expires_at: float) -> None:
-        """Let holders of a token enrol until `expires_at` (unix seconds)."""
-        self._record(TokenCreated(root_certificate, expires_at, self._clock()))
+    def add_token(
+        self,
+        root_certificate: bytes,
+        expires_at: float,
+        node_name: str | None = None,
+        uses: int | None = None,
+    ) -> None:
+        """Let holders of a token enrol until `expires_at` (unix seconds).
 
-    def enrol(self, name: str) -> NodeId:
-        """Give a machine a new identity.
+        Args:
+            node_name: the only name they may take.
+            uses: so many of them, and no more.
 
         Raises:
             UsageError: a malformed name.
-            AdmissionError: all identities are given.
         """
+        if node_name is not None:
+            check_node_name(node_name)
+        at = self._clock()
+        self._record(TokenCreated(root_certificate, expires_at, at, node_name, uses))
+
+    def revoke_token(self, token_id: str) -> None:
+        """Let nobody in with a token any more. Raises UsageError for one that is not live."""
+        for token in self.live_tokens:
+            if token.id == token_id:
+                self._record(TokenRevoked(token.root_certificate, self._clock()))
+                return
+        raise UsageError(f"there is no token {token_id}; molink token list shows those there are")
+
+    def revoke_node(self, name: str) -> NodeId:
+        """Shut a node out for good. Raises UsageError for one that is not known, or the head."""
+        node = self._named(name)
+        self._record(NodeRevoked(node.id, self._clock()))
+        return node.id
+
+    def is_revoked(self, node: NodeId) -> bool:
+        """Whether a node was shut out."""
+        return self._state.knows(node) and self._state.node(node).is_revoked
+
+    def drain(self, name: str) -> str | None:
+        """Have others compute a node's layers; who does now, None if it computed none.
+
+        Raises UsageError if nobody could, or for a node that is not connected, or the head.
+        """
+        node = self._named(name)
+        if not node.is_connected:
+            raise UsageError(f"{name} is {node.status}")
+        heir = None
+        if self._state.role(node.id) is Role.STAGE:
+            heir = heir_of(self._state, self._model, node.id)
+            if heir is None:
+                raise UsageError(
+                    f"nobody could compute the layers of {name}: join another node first, or stop "
+                    f"{name}, and the others share its layers after molink serve --split-after"
+                )
+        self._record(NodeDrained(node.id, self._clock()))
+        return heir.name if heir else None
+
+    def _named(self, name: str) -> NodeRecord:
+        """A node of that name, rather one that is connected. Raises UsageError."""
+        found = [node for node in self._state.nodes if node.name == name and not node.is_revoked]
+        if not found:
+            known = ", ".join(node.name for node in self._state.nodes if node.id != HEAD)
+            raise UsageError(f"there is no node {name}; there are: {known or 'none'}")
+        node = max(found, key=lambda node: (node.is_connected, node.since))
+        if node.id == HEAD:
+            raise UsageError(f"{name} is the head: it goes when its molink serve ends")
+        return node
+
+    def enrol(self, name: str, root_certificate: bytes | None = None) -> NodeId:
+        """Give a machine a new identity.
+
+        Args:
+            root_certificate: of the token that it holds.
+
+        Raises:
+            UsageError: a malformed name.
+            AdmissionError: all identities are given, or its token is for another name.
+        """
+        token = next((t for t in self.live_tokens if t.root_certificate == root_certificate), None)
+        if token is not None:
+            if token.node_name not in (None, name):
+                raise AdmissionError(f"the token is for a node named {token.node_name}, not {name}")
+            self._record(TokenUsed(token.root_certificate, self._clock()))
         node = NodeId(len(self._state.nodes))
         if node > MAX_NODE_ID:
             raise AdmissionError(f"the cluster has given all its {MAX_NODE_ID + 1} identities")
@@ -102,7 +185,8 @@ class Coordinator:
             UsageError: a malformed name or parallel size.
             PlanError: its pinned layers are malformed or outside the model.
         """
-        self._known(node)
+        if self._known(node).is_revoked:
+            raise AdmissionError(f"{hello.name} was revoked: it may only join anew, with a token")
         name = self._free_name(hello.name, node)
         check_versions(name, hello.versions, self._versions)
         if hello.tensor_parallel_size < 1:

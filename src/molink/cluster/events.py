@@ -21,6 +21,36 @@ class TokenCreated:
     root_certificate: bytes  # PEM; who has the token can make a leaf below it
     expires_at: float  # unix seconds
     at: float
+    node_name: str | None = None  # the only one with which it may be used
+    uses: int | None = None  # times that it may be used
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsed:
+    root_certificate: bytes
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRevoked:
+    root_certificate: bytes
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRevoked:
+    """A node may take part no more; what it computed is lost."""
+
+    node: NodeId
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDrained:
+    """Others shall compute a node's layers, until it joins again."""
+
+    node: NodeId
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +134,10 @@ class PipelineDropped:
 Event = (
     HeadStarted
     | TokenCreated
+    | TokenUsed
+    | TokenRevoked
+    | NodeRevoked
+    | NodeDrained
     | NodeEnrolled
     | NodeJoined
     | NodeMeasured

@@ -1,5 +1,6 @@
 """What the coordinator knows, and how each event changes it."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -7,15 +8,19 @@ from molink.cluster.events import (
     EngineLost,
     Event,
     HeadStarted,
+    NodeDrained,
     NodeEnrolled,
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    NodeRevoked,
     PipelineDropped,
     PipelinePlanned,
     StageLost,
     StandbyLoaded,
     TokenCreated,
+    TokenRevoked,
+    TokenUsed,
 )
 from molink.core.cluster import Resources, Versions
 from molink.core.ids import MAX_NODE_ID, NodeId
@@ -48,6 +53,8 @@ class NodeRecord:
     computes: bool = True  # False: the head, with `--layers none`
     tensor_parallel_size: int = 1
     stands_by: bool = False  # its user wants it to take over stages that are lost, and no others
+    is_revoked: bool = False  # it may never take part again
+    drains: bool = False  # it shall compute nothing until it joins again
     resources: Resources | None = None  # known exactly while it is ready
     loaded: LayerRange | None = None  # ahead, while it is a spare
     trouble: str = ""  # why it, or its stage, was lost; empty again once it joins or is planned
@@ -63,6 +70,13 @@ class TokenRecord:
 
     root_certificate: bytes  # PEM
     expires_at: float  # unix seconds
+    node_name: str | None = None  # the only one with which it may be used
+    uses_left: int | None = None  # None: no limit
+
+    @property
+    def id(self) -> str:
+        """A name for it, which says nothing of its secret."""
+        return hashlib.sha256(self.root_certificate).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +121,21 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
     match event:
         case HeadStarted():
             return _head_started(state, event)
-        case TokenCreated(root_certificate, expires_at, at):
+        case TokenCreated(root_certificate, expires_at, at, node_name, uses):
             live = (token for token in state.tokens if token.expires_at > at)
-            return replace(state, tokens=(*live, TokenRecord(root_certificate, expires_at)))
+            token = TokenRecord(root_certificate, expires_at, node_name, uses)
+            return replace(state, tokens=(*live, token))
+        case TokenUsed(root_certificate, _):
+            return _token_used(state, root_certificate)
+        case TokenRevoked(root_certificate, _):
+            left = (t for t in state.tokens if t.root_certificate != root_certificate)
+            return replace(state, tokens=tuple(left))
+        case NodeRevoked(node, at):
+            lost = _with_node(state, node, NodeStatus.LOST, at, resources=None, trouble="revoked")
+            return _stage_down(_put(lost, replace(lost.node(node), is_revoked=True)), node)
+        case NodeDrained(node, _):
+            drained = _put(state, replace(state.node(node), drains=True, loaded=None))
+            return _stage_down(drained, node)
         case NodeEnrolled(node, name, at):
             if node != len(state.nodes) or node > MAX_NODE_ID:
                 raise ValueError(f"node id {node} is not the next one")
@@ -139,6 +165,16 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
             return replace(state, nodes=nodes, is_down=state.pipeline is not None)
         case PipelineDropped():
             return replace(state, pipeline=None, is_down=False, last_stages=())
+
+
+def _token_used(state: ClusterState, root_certificate: bytes) -> ClusterState:
+    tokens = []
+    for token in state.tokens:
+        if token.root_certificate == root_certificate and token.uses_left is not None:
+            token = replace(token, uses_left=token.uses_left - 1)
+        if token.uses_left != 0:
+            tokens.append(token)
+    return replace(state, tokens=tuple(tokens))
 
 
 def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:
@@ -177,6 +213,7 @@ def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
         computes=event.computes,
         tensor_parallel_size=event.tensor_parallel_size,
         stands_by=event.stands_by,
+        is_revoked=state.node(event.node).is_revoked,
     )
     # Whatever it computed before, this process of it has loaded nothing.
     return _stage_down(_put(state, record), event.node)

@@ -23,9 +23,9 @@ def enrol(
     Raises:
         MolinkError: the token is not live any more, or the request is not one.
     """
-    enrolled_under(leaf, coordinator.live_roots)
+    root = enrolled_under(leaf, coordinator.live_roots)
     asked = structs.decode(_requests, request)
-    node = coordinator.enrol(asked.name)
+    node = coordinator.enrol(asked.name, root)
     certificate = authority.sign_node(
         asked.signing_request, node=node, name=coordinator.state.node(node).name
     )

@@ -14,7 +14,7 @@ from molink.cluster.admission import HeldModel, Hello, check_model
 from molink.cluster.assignment import Waiting
 from molink.cluster.coordinator import Coordinator
 from molink.cluster.state import Role
-from molink.cluster.watch import Patience, Progress, hung
+from molink.cluster.watch import Patience
 from molink.core.cluster import Resources, Versions
 from molink.core.errors import (
     MolinkError,
@@ -31,8 +31,10 @@ from molink.node.engine_host import EngineHost
 from molink.node.enrolment import enrol
 from molink.node.gateway_host import GatewayHost
 from molink.node.home import RunFolder
+from molink.node.orders import Orders
 from molink.node.reports import Reports
 from molink.node.stage_host import StageHost, StageSettings
+from molink.node.watchman import Watchman
 from molink.transport.allowance import Allowance
 from molink.transport.credentials import server_credentials
 from molink.transport.identity import ClusterAuthority, NodeIdentity
@@ -55,7 +57,7 @@ from molink.wire.to_agent import (
 )
 
 VIEW_INTERVAL_S = 1.0
-WATCH_S = 0.25
+LAST_WORDS_S = 0.5
 GATEWAY_PAUSE_S = 1.0  # before another one starts
 
 
@@ -110,6 +112,8 @@ class HeadAgent(Agent):
             self._enrol,
             lambda: self._reports.view_json(),
             api.serve,
+            self.carry_out,
+            coordinator.is_revoked,
         )
         self._changed = asyncio.Event()
         self._engine_failure: MolinkError | None = None  # in its own words, if it had time for them
@@ -119,9 +123,16 @@ class HeadAgent(Agent):
         self._waiting_since: float | None = None
         self._is_leaving = False
         self._said_draining = False
-        self._progress = Progress()
+        self.addresses: tuple[str, ...] = ()  # where nodes reach this one
+        self._orders = Orders(
+            coordinator, authority, lambda: self.addresses, self._shut_out, self._changed.set
+        )
+        self.invite = self._orders.invite
         self._reports = Reports(
             coordinator, self._deployment, self.switch, self.stage_report, settings.http
+        )
+        self._watchman = Watchman(
+            self.switch, coordinator, self._deployment, self._reports, settings.patience, self
         )
 
     async def listen(self) -> int:
@@ -152,7 +163,7 @@ class HeadAgent(Agent):
             await self._stage.restart(self._settings.stage)
         self.spawn(self._settle_forever(), is_vital=True)
         self.spawn(self._publish_views(), is_vital=True)
-        self.spawn(self._watch(), is_vital=True)
+        self.spawn(self._watchman.watch(), is_vital=True)
         self.spawn(self.tell_rates())
         self.spawn(self._deployment.paths.seek())
         try:
@@ -199,7 +210,32 @@ class HeadAgent(Agent):
     def tell_gateway(self, message: to_gateway.ToGateway) -> None:
         self.send_control(HEAD, Port.GATEWAY, to_gateway.encode(message))
 
+    def carry_out(self, order: bytes) -> bytes:
+        """Answer the operator. Raises MolinkError for what cannot be done."""
+        return self._orders.carry_out(order)
+
     # Nodes come and go
+
+    def _shut_out(self, node: NodeId) -> None:
+        """A node was revoked: end what it has with anybody."""
+        name = self._coordinator.state.node(node).name
+        self.say(f"{name} is revoked")
+        self.tell(node, to_agent.Refused("this node was revoked"))
+        self.node_lost(node, "it was revoked")
+        self._changed.set()
+        if (link := self.switch.links.get(node)) is not None:
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, link.close)
+        for other in self.switch.links.keys() - {node}:
+            self.tell(other, to_agent.NodesRevoked([node]))
+
+    def _renew(self, node: NodeId, request: bytes) -> None:
+        record = self._coordinator.state.node(node)
+        try:
+            certificate = self._authority.sign_node(request, node=node, name=record.name)
+        except MolinkError as error:
+            self.say(f"cannot renew the certificate of {record.name}: {error}")
+        else:
+            self.tell(node, to_agent.Renewed(certificate))
 
     def _enrol(self, leaf: bytes, request: bytes) -> bytes:
         return msgspec.msgpack.encode(enrol(self._coordinator, self._authority, leaf, request))
@@ -222,9 +258,10 @@ class HeadAgent(Agent):
         is_back = node in self.switch.links  # over another link
         is_known = self._coordinator.state.knows(node)
         if is_known and not is_back and not self._ending.done():
-            self._node_lost(node, reason)
+            self.node_lost(node, reason)
 
-    def _node_lost(self, node: NodeId, reason: str) -> None:
+    def node_lost(self, node: NodeId, reason: str) -> None:
+        """A node is gone, or counts as gone."""
         record = self._coordinator.state.node(node)
         self._deployment.unloaded.discard(node)
         self._deployment.standby_lost(node)
@@ -253,7 +290,7 @@ class HeadAgent(Agent):
             self.fail(StageError(reason))
         elif self._coordinator.state.node(node).is_connected:
             self._refuse(node, self._coordinator.state.node(node).name, StageError(reason))
-            self._node_lost(node, reason)
+            self.node_lost(node, reason)
 
     def _hello(self, node: NodeId, hello: to_head.Hello) -> None:
         versions = Versions(hello.protocol, hello.molink, hello.vllm)
@@ -276,7 +313,9 @@ class HeadAgent(Agent):
         model = self._coordinator.state.model
         assert model is not None
         cluster_id = self._coordinator.state.cluster_id
-        self.tell(node, Welcome(cluster_id, model.name, model.config_hash, model.revision))
+        revoked = [int(other.id) for other in self._coordinator.state.nodes if other.is_revoked]
+        about = model.name, model.config_hash, model.revision
+        self.tell(node, Welcome(cluster_id, *about, revoked))
         self.say(f"{record.name} has joined from {host}")
         self._changed.set()
 
@@ -342,8 +381,10 @@ class HeadAgent(Agent):
                 self._stage_up(node, stage)
             case to_head.StageGone(reason=reason):
                 self._stage_lost(node, reason)
+            case to_head.Renew(signing_request=request):
+                self._renew(node, request)
             case to_head.Leaving(reason=reason):
-                self._node_lost(node, reason)
+                self.node_lost(node, reason)
             case to_head.Dialled(node=other, ok=ok):
                 self._deployment.paths.dialled(node, NodeId(other), ok)
             case to_head.LinkLost() as lost:
@@ -375,45 +416,9 @@ class HeadAgent(Agent):
             if lost.nothing:
                 self._deployment.paths.broke(node, other, lost.reason)
                 return
-            self._lose_steps(node, f"its link to node {other} broke: {lost.reason}")
+            self.lose_steps(node, f"its link to node {other} broke: {lost.reason}")
 
-    # What is lost though nothing has broken
-
-    async def _watch(self) -> None:
-        clock = asyncio.get_running_loop().time
-        while True:
-            began = clock()
-            await asyncio.sleep(WATCH_S)
-            if clock() - began > 4 * WATCH_S:
-                continue  # this machine itself stood still
-            self._watch_machines()
-            if self._deployment.serving:
-                await self._watch_stages(clock())
-
-    def _watch_machines(self) -> None:
-        """Do not wait for a machine to come back whose stage somebody else has loaded."""
-        for node, link in list(self.switch.links.items()):
-            silence_s = link.silence_s
-            if silence_s > self._settings.patience.lost_s and self._coordinator.has_standby(node):
-                self._node_lost(node, f"nothing was heard of it for {silence_s:.1f} s")
-                link.close()
-
-    async def _watch_stages(self, now: float) -> None:
-        """Have stages that hang begin anew, and a pipeline in which nobody has anything to do."""
-        reports, nodes = self._reports.all(), self._deployment.nodes
-        patience = self._settings.patience
-        for node in nodes:
-            reason = hung(reports[node], patience) if node in reports else None
-            if reason is not None:
-                self.say(f"the stage of {self._coordinator.state.node(node).name} hangs: {reason}")
-                await self._empty_stages([node], reason)
-                self._reports.forget(node)
-        in_flight = self._deployment.steps_in_flight
-        if self._progress.is_stuck(reports, nodes, in_flight, now, patience):
-            self.say("steps are under way, and nobody has any: the pipeline begins anew")
-            self._lose_steps(nodes[-1], "its step was lost")
-
-    def _lose_steps(self, node: NodeId, reason: str) -> None:
+    def lose_steps(self, node: NodeId, reason: str) -> None:
         """All that is under way is lost, and nothing else: the same stages begin a new epoch."""
         record = self._coordinator.state.node(node)
         if record.resources is not None and record.is_connected:
@@ -435,12 +440,12 @@ class HeadAgent(Agent):
             nodes = [state.node(node) for node in self._deployment.nodes]
             troubles = [f"{node.name}: {node.trouble}" for node in nodes if node.trouble]
             self._deployment.take_down("; ".join(troubles) or "a stage is lost")
-            await self._empty_stages(self._deployment.take_half_loaded(), "it was half loaded")
+            await self.empty_stages(self._deployment.take_half_loaded(), "it was half loaded")
         plan = self._coordinator.plan()
         if isinstance(plan, Waiting):
             self._wait_for(plan.text)
             if self._coordinator.state.is_down:
-                await self._empty_stages(self._coordinator.misplaced(), "another stage is lost")
+                await self.empty_stages(self._coordinator.misplaced(), "another stage is lost")
             await self._split_anew_in_time()
             return
         self._waiting_since = None
@@ -537,11 +542,11 @@ class HeadAgent(Agent):
             self._deployment.unloaded.update(node.id for node in self._coordinator.state.ready)
         else:
             self._coordinator.drop_pipeline()
-            await self._empty_stages(nodes, "its engine starts anew")
+            await self.empty_stages(nodes, "its engine starts anew")
         await self._engine.start()
         self._changed.set()
 
-    async def _empty_stages(self, nodes: Iterable[NodeId], reason: str) -> None:
+    async def empty_stages(self, nodes: Iterable[NodeId], reason: str) -> None:
         """Have those stages that hold something, and are not gone themselves, begin anew."""
         ready = {node.id for node in self._coordinator.state.ready}
         full = (ready & set(nodes)) - self._deployment.unloaded

@@ -3,16 +3,24 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from molink.checkpoint.model import FoundModel, config_hash, find_model
 from molink.core.cluster import Versions
-from molink.core.errors import AdmissionError, LinkError, MolinkError, UsageError, WireError
+from molink.core.errors import (
+    AdmissionError,
+    IdentityError,
+    LinkError,
+    MolinkError,
+    UsageError,
+    WireError,
+)
 from molink.core.ids import HEAD, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.home import RunFolder
 from molink.node.stage_host import StageHost, StageSettings
 from molink.transport.credentials import server_credentials
-from molink.transport.identity import NodeIdentity
+from molink.transport.identity import NODE_LIFETIME, NodeIdentity, NodeKey
 from molink.transport.link import Link
 from molink.transport.server import Accepted, LinkServer, dial
 from molink.wire import to_agent, to_head
@@ -33,6 +41,7 @@ from molink.wire.to_agent import (
 HEAD_DIAL_TIMEOUT_S = 10.0
 RETRY_S = 2.0
 REPORT_INTERVAL_S = 1.0
+RENEWAL_INTERVAL_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +60,16 @@ class MemberSettings:
 
 
 class MemberAgent(Agent):
-    """Owns the link to the head and the node's stage processes."""
+    """Owns the link to the head and the node's stage processes.
+
+    Args:
+        keep: stores the node's identity when it has been renewed.
+    """
 
     def __init__(
         self,
         identity: NodeIdentity,
+        keep: Callable[[NodeIdentity], None],
         settings: MemberSettings,
         run_folder: RunFolder,
         stage_host: Callable[[Callable[[MolinkError], None]], StageHost],
@@ -64,11 +78,18 @@ class MemberAgent(Agent):
     ) -> None:
         super().__init__(identity.verify().node, run_folder, say, show_download)
         self._identity = identity
+        self._keep = keep
+        self._next_key: NodeKey | None = None  # that the head is to sign
+        self._revoked: set[NodeId] = set()
         self._settings = settings
         self._stage = stage_host(self._stage_gone)
         self._model: FoundModel | None = None
         self._up: StageUp | None = None  # what the stage has said, while it runs
-        self._server = LinkServer(lambda: identity.authority_pem, self._accept)
+        self._server = LinkServer(
+            lambda: identity.authority_pem,
+            self._accept,
+            is_revoked=lambda node: node in self._revoked,
+        )
         self._listen_port = 0
 
     async def run(self) -> str:
@@ -82,6 +103,7 @@ class MemberAgent(Agent):
         self._listen_port = await self._server.start(self._settings.listen, credentials)
         self.spawn(self._follow_head(), is_vital=True)
         self.spawn(self._report())
+        self.spawn(self._renew())
         self.spawn(self.tell_rates())
         farewell = "the node was stopped"
         try:
@@ -151,6 +173,25 @@ class MemberAgent(Agent):
             if HEAD in self.switch.links and self.stage_counters:
                 self.tell_head(self.stage_report())
 
+    async def _renew(self) -> None:
+        """Ask for another certificate once two thirds of this one's time are over."""
+        while True:
+            left = self._identity.valid_until - datetime.now(UTC)
+            if left < NODE_LIFETIME / 3 and HEAD in self.switch.links:
+                self._next_key = self._next_key or NodeKey()
+                self.tell_head(to_head.Renew(self._next_key.request_pem()))
+            await asyncio.sleep(RENEWAL_INTERVAL_S)
+
+    def _renewed(self, certificate: bytes) -> None:
+        key, self._next_key = self._next_key, None
+        if key is None:
+            return
+        try:
+            self._identity = key.renew(certificate, self._identity)
+            self._keep(self._identity)
+        except IdentityError as error:
+            self.say(f"the head's new certificate cannot be used: {error}")
+
     async def _accept(self, accepted: Accepted) -> None:
         await self.run_direct(accepted.link)
 
@@ -176,7 +217,12 @@ class MemberAgent(Agent):
         match to_agent.decode(payload):
             case Probe():
                 pass
+            case to_agent.NodesRevoked(nodes=nodes):
+                self._shut_out(nodes)
+            case to_agent.Renewed(certificate=certificate):
+                self._renewed(certificate)
             case Welcome() as welcome:
+                self._shut_out(welcome.revoked)
                 self.spawn(self._welcomed(welcome), is_vital=True)
             case Refused(reason=reason, is_usage=is_usage):
                 self.fail((UsageError if is_usage else AdmissionError)(reason))
@@ -193,6 +239,11 @@ class MemberAgent(Agent):
                 self.spawn(self._restart_stage(), is_vital=True)
             case Shutdown(reason=reason):
                 self.end(reason)
+
+    def _shut_out(self, nodes: list[int]) -> None:
+        self._revoked.update(map(NodeId, nodes))
+        for node in self._revoked & self.switch.links.keys():
+            self.switch.links[node].close()
 
     async def _welcomed(self, welcome: Welcome) -> None:
         """Check that this machine holds the head's model, then start the stage.

@@ -132,6 +132,17 @@ class NodeKey:
         identity.verify()
         return identity
 
+    def renew(self, certificate_pem: bytes, old: NodeIdentity) -> NodeIdentity:
+        """The next identity of a node that has one.
+
+        Raises:
+            IdentityError: another authority signed, it signed another key, or for another node.
+        """
+        identity = NodeIdentity(key_to_pem(self._key), certificate_pem, old.authority_pem)
+        if identity.verify().node != old.verify().node:
+            raise IdentityError("the certificate is for another node")
+        return identity
+
 
 class ClusterAuthority:
     """Signs the certificates of one cluster's nodes. Lives on the head only."""

@@ -1,7 +1,8 @@
 """A link: frames between two agents over one bidirectional gRPC stream.
 
-The gRPC service has four methods and no generated code: `Enroll` (see node.enrolment), `Status`,
-`Tunnel` (see transport.tunnel) and `Link`, whose messages are in `transport.pieces`.
+The gRPC service has five methods and no generated code: `Enroll` (see node.enrolment), `Status`,
+`Order` (see wire.orders), `Tunnel` (see transport.tunnel) and `Link`, whose messages are in
+`transport.pieces`.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ LINK_METHOD = "/molink.Agent/Link"
 ENROLL_METHOD = "/molink.Agent/Enroll"
 STATUS_METHOD = "/molink.Agent/Status"
 TUNNEL_METHOD = "/molink.Agent/Tunnel"
+ORDER_METHOD = "/molink.Agent/Order"
 MAX_GRPC_MESSAGE = 2 * (MAX_PAYLOAD + HEADER_SIZE)
 
 KEEPALIVE_S = 2.0  # of silence, after which the connection is tried

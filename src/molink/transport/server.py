@@ -21,6 +21,7 @@ from molink.transport.link import (
     CHANNEL_OPTIONS,
     ENROLL_METHOD,
     LINK_METHOD,
+    ORDER_METHOD,
     STATUS_METHOD,
     TUNNEL_METHOD,
     Link,
@@ -58,6 +59,8 @@ class LinkServer:
         enroll: None where nobody can enrol.
         status: what any node of the cluster may read.
         tunnel: what any node of the cluster may connect to.
+        order: carries out what the head's own user asks; MolinkError refuses.
+        is_revoked: whether a node was shut out, whatever its certificate says.
     """
 
     def __init__(
@@ -67,7 +70,11 @@ class LinkServer:
         enroll: EnrollHandler | None = None,
         status: Callable[[], bytes] | None = None,
         tunnel: TunnelHandler | None = None,
+        order: Callable[[bytes], bytes] | None = None,
+        is_revoked: Callable[[NodeId], bool] = lambda node: False,
     ) -> None:
+        self._order = order
+        self._is_revoked = is_revoked
         self._status = status
         self._tunnel = tunnel
         self._authority = authority
@@ -94,6 +101,8 @@ class LinkServer:
             handlers["Enroll"] = grpc.unary_unary_rpc_method_handler(self._enroll_call)
         if self._status is not None:
             handlers["Status"] = grpc.unary_unary_rpc_method_handler(self._status_call)
+        if self._order is not None:
+            handlers["Order"] = grpc.unary_unary_rpc_method_handler(self._order_call)
         if self._tunnel is not None:
             handlers["Tunnel"] = grpc.stream_stream_rpc_method_handler(self._tunnel_call)
         self._server.add_generic_rpc_handlers(
@@ -118,17 +127,32 @@ class LinkServer:
             await asyncio.wait(self._running)
 
     async def _identify(self, context: Any) -> PeerIdentity:
-        """Who calls; refuses everybody who is not a node of the cluster."""
+        """Who calls; refuses everybody who is not a node of the cluster, or not any more."""
         try:
-            return peer_identity(peer_certificate(context.auth_context()), self._authority())
+            found = peer_identity(peer_certificate(context.auth_context()), self._authority())
+            if self._is_revoked(found.node):
+                raise IdentityError(f"{found.name} was revoked")
         except IdentityError as error:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
             raise
+        return found
 
     async def _status_call(self, _: bytes, context: Any) -> bytes:
         await self._identify(context)
         assert self._status is not None
         return self._status()
+
+    async def _order_call(self, request: bytes, context: Any) -> bytes:
+        """The head's identity lies in a folder that its user alone can read."""
+        identity = await self._identify(context)
+        assert self._order is not None
+        if identity.node != HEAD:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "only the head's user may")
+        try:
+            return self._order(request)
+        except MolinkError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise
 
     async def _tunnel_call(self, _: Any, context: Any) -> None:
         identity = await self._identify(context)
@@ -217,6 +241,15 @@ async def fetch_status(address: str, identity: NodeIdentity, timeout_s: float) -
         LinkError: the head cannot be reached or is another cluster's; says why.
     """
     return await _call(STATUS_METHOD, address, identity, b"", timeout_s)
+
+
+async def send_order(address: str, identity: NodeIdentity, order: bytes, timeout_s: float) -> bytes:
+    """Have the head at HOST:PORT carry out an order.
+
+    Raises:
+        LinkError: it cannot be reached, or refuses; says why.
+    """
+    return await _call(ORDER_METHOD, address, identity, order, timeout_s)
 
 
 class TunnelChannel:

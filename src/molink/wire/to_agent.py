@@ -122,6 +122,19 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     model: str  # as typed on the head: a folder or a hub id
     config_hash: str
     revision: str | None
+    revoked: list[int] = []  # nodes that were shut out
+
+
+class NodesRevoked(msgspec.Struct, frozen=True, tag=True):
+    """Nodes that were shut out of the cluster: have nothing to do with them."""
+
+    nodes: list[int]
+
+
+class Renewed(msgspec.Struct, frozen=True, tag=True):
+    """The node's next certificate, for the key it has asked with."""
+
+    certificate: bytes  # PEM
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -179,6 +192,8 @@ ToAgent = (
     | GatewayDrains
     | EngineFailed
     | Welcome
+    | NodesRevoked
+    | Renewed
     | Refused
     | Notice
     | Dial

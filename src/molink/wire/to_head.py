@@ -45,6 +45,12 @@ class ModelChecked(msgspec.Struct, frozen=True, tag=True):
     revision: str | None
 
 
+class Renew(msgspec.Struct, frozen=True, tag=True):
+    """The node's certificate is about to expire; answered by `to_agent.Renewed`."""
+
+    signing_request: bytes  # PEM
+
+
 class Leaving(msgspec.Struct, frozen=True, tag=True):
     """The node goes away on purpose."""
 
@@ -96,7 +102,16 @@ class NodeReport(msgspec.Struct, frozen=True, tag=True):
 
 
 ToHead = (
-    Hello | ModelChecked | StageUp | StageGone | Leaving | Dialled | LinkLost | NodeReport | Probe
+    Hello
+    | ModelChecked
+    | StageUp
+    | StageGone
+    | Renew
+    | Leaving
+    | Dialled
+    | LinkLost
+    | NodeReport
+    | Probe
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -11,15 +11,19 @@ from molink.cluster.events import (
     EngineLost,
     Event,
     HeadStarted,
+    NodeDrained,
     NodeEnrolled,
     NodeJoined,
     NodeLost,
     NodeMeasured,
+    NodeRevoked,
     PipelineDropped,
     PipelinePlanned,
     StageLost,
     StandbyLoaded,
     TokenCreated,
+    TokenRevoked,
+    TokenUsed,
 )
 from molink.cluster.state import ClusterState, NodeStatus, Role, apply
 from molink.core.cluster import Resources, Versions
@@ -43,9 +47,14 @@ pipelines = st.builds(
     st.integers(1, 9),
 )
 at = st.floats(0, 1e10)
+roots, uses = st.sampled_from([b"one", b"two"]), st.integers(1, 3)
 events: st.SearchStrategy[Event] = st.one_of(
     st.builds(HeadStarted, st.builds(replace, st.just(MODEL), num_layers=st.sampled_from([4])), at),
-    st.builds(TokenCreated, st.binary(max_size=4), at, at),
+    st.builds(TokenCreated, roots, at, at, st.none() | st.just("beta"), st.none() | uses),
+    st.builds(TokenUsed, roots, at),
+    st.builds(TokenRevoked, roots, at),
+    st.builds(NodeRevoked, node_ids, at),
+    st.builds(NodeDrained, node_ids, at),
     st.builds(NodeEnrolled, node_ids, st.sampled_from(["alpha", "beta"]), at),
     st.builds(
         NodeJoined,
@@ -101,6 +110,9 @@ def test_invariants_hold_after_every_event(
         assert after.last_epoch == state.last_epoch or isinstance(event, PipelinePlanned)
         assert len(after.nodes) - len(state.nodes) == isinstance(event, NodeEnrolled)
         assert after.cluster_id == state.cluster_id
+        assert all(token.uses_left is None or token.uses_left > 0 for token in after.tokens)
+        for old, new in zip(state.nodes, after.nodes, strict=False):
+            assert new.is_revoked >= old.is_revoked
         state = after
 
 

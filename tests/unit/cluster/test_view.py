@@ -20,6 +20,7 @@ def view_of(cluster: Any, reports: dict[NodeId, NodeReport], **paths: Any) -> Cl
         serving=False,
         steps_in_flight=0,
         pace=None,
+        at_once=None,
         reports=reports,
         **paths,
     )

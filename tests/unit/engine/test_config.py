@@ -224,14 +224,14 @@ def test_engine_flags_leave_the_head_and_no_others(flags: list[list[str]]) -> No
 def test_flags_leave_the_head_in_the_spelling_that_argparse_knows(
     flags: list[str], sent: list[str]
 ) -> None:
-    _, engine_flags = parse_flags(str(MODEL), "127.0.0.1", 8000, ["--api_key=secret", *flags])
+    _, engine_flags = parse_flags(str(MODEL), "http.sock", ["--api_key=secret", *flags])
     assert engine_flags == sent
 
 
 def test_flags_of_a_file_leave_the_head_without_its_secrets(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
     file.write_text("max-num-seqs: 7\napi-key: secret\n")
-    _, engine_flags = parse_flags(str(MODEL), "127.0.0.1", 8000, ["--config", str(file)])
+    _, engine_flags = parse_flags(str(MODEL), "http.sock", ["--config", str(file)])
     assert engine_flags == ["--max-num-seqs", "7"]
 
 
@@ -241,6 +241,6 @@ def test_a_file_of_flags_cannot_contradict_a_pipeline(
     file = tmp_path / "flags.yaml"
     file.write_text("async-scheduling: true\n")
     with pytest.raises(SystemExit) as ended:
-        parse_flags(str(MODEL), "127.0.0.1", 8000, ["--config", str(file)])
+        parse_flags(str(MODEL), "http.sock", ["--config", str(file)])
     assert ended.value.code == 2
     assert "--async-scheduling cannot be given" in capsys.readouterr().err

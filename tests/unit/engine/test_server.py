@@ -26,7 +26,7 @@ def test_before_a_node_is_waited_for(
     flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        parse_flags(str(MODEL), "127.0.0.1", 8000, flags)
+        parse_flags(str(MODEL), "http.sock", flags)
     assert ended.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("molink serve: error: ")
