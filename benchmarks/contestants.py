@@ -277,4 +277,6 @@ def _role(process: psutil.Process, index: int) -> str:
         return "engine core"
     if "entrypoints.openai.api_server" in command or "molink.entrypoints.engine" in command:
         return "api server"
+    if "molink.entrypoints.gateway" in command:
+        return "gateway"
     return f"agent {index}" if re.search(r"molink (serve|join) ", command) else "other"

@@ -13,13 +13,15 @@ pytestmark = [
     pytest.mark.parametrize("case", [TWO_STAGES], indirect=True),
 ]
 
-AGENT, ENGINE, STAGE = "molink.cli.main", "molink.entrypoints.engine", "molink.entrypoints.stage"
+AGENT, STAGE = "molink.cli.main", "molink.entrypoints.stage"
+ENGINE, GATEWAY = "molink.entrypoints.engine", "molink.entrypoints.gateway"
 
 
 def check_sockets(machine: Machine, http: tuple[str, int] | None) -> int:
     """Raises for a socket too many; returns the agent's port."""
     ((_, agent_port),) = machine.listening(AGENT)
-    assert machine.listening(ENGINE) == ([http] if http else [])
+    assert machine.listening(ENGINE) == []
+    assert machine.listening(GATEWAY) == ([http] if http else [])
     of_stage = machine.listening(STAGE)
     assert len(of_stage) <= 2  # the world, and one group for all that vLLM makes of one rank
     assert {host for host, _ in of_stage} <= {"127.0.0.1", "::1"}  # torch's own, one per group

@@ -82,8 +82,9 @@ class PipelineScheduler(Scheduler):
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """vLLM's; a grammar that is compiled only now takes the tokens its request has already."""
+        lacked_grammar = request.status == RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
         may_go: bool = super()._handle_blocked_waiting_request(request)
-        if may_go and (delivered := list(request.output_token_ids)):
+        if may_go and lacked_grammar and (delivered := list(request.output_token_ids)):
             if not self.structured_output_manager.accept_tokens(request, delivered):
                 self.grammar_compile_error_reqs.add(request.request_id)  # how vLLM refuses one
                 return False

@@ -554,6 +554,8 @@ class HeadAgent(Agent):
             self._coordinator.stage_lost(node, reason)
             if node != HEAD:
                 self.tell(node, RestartStage())
+        if full:
+            self._changed.set()
         if HEAD in full:
             await self._stage.restart(self._settings.stage)
 

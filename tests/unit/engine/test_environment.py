@@ -42,8 +42,8 @@ def start_core():
     sys.exit(core.exitcode)
 
 sys.modules["__main__"].__spec__ = importlib.util.find_spec("molink.entrypoints.engine")
-sys.argv += ["--socket=s", "--run-folder=r", "--model=m", "--host=h", "--port=1"]
-sys.argv += ["--flags=[]", "--wire={}", "--pacing={}", "--max-outage=0"]
+sys.argv += ["--socket=s", "--run-folder=r", "--model=m", "--http=h"]
+sys.argv += ["--wire={}", "--pacing={}", "--max-outage=0"]
 engine.prepare_environment = start_core
 engine.main()
 """
