@@ -72,7 +72,7 @@ class Benchmark:
             self._say("starting a cluster")
             cluster.start()
             cluster.wait_until_serving()
-            (engine,) = cluster.folder.rglob("http.sock")
+            engine = engines_socket(cluster)
             ways: dict[str, Address] = {"engine": engine, "gateway": ("127.0.0.1", cluster.port)}
             return uvloop.run(self._compare(ways, str(cluster.subject.path)))
 
@@ -145,6 +145,13 @@ class Benchmark:
 
 
 Address = Path | tuple[str, int]
+
+
+def engines_socket(cluster: Molink) -> Path:
+    """Where the engine itself answers."""
+    (engine,) = (process for role, process in cluster.processes() if role == "api server")
+    (argument,) = (word for word in engine.cmdline() if word.startswith("--http="))
+    return Path(argument.removeprefix("--http="))
 
 
 class Stream:

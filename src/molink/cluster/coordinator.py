@@ -116,11 +116,18 @@ class Coordinator:
                 return
         raise UsageError(f"there is no token {token_id}; molink token list shows those there are")
 
-    def revoke_node(self, name: str) -> NodeId:
-        """Shut a node out for good. Raises UsageError for one that is not known, or the head."""
-        node = self._named(name)
-        self._record(NodeRevoked(node.id, self._clock()))
-        return node.id
+    def revoke_node(self, name: str) -> list[NodeId]:
+        """Shut a node out for good, with all identities of that name and the tokens it had.
+
+        Raises UsageError for one that is not known, or the head.
+        """
+        self._named(name)
+        found = [n for n in self._state.nodes if n.name == name and not n.is_revoked]
+        for node in found:
+            self._record(NodeRevoked(node.id, self._clock()))
+            if node.token in [token.id for token in self.live_tokens]:
+                self.revoke_token(str(node.token))
+        return [node.id for node in found]
 
     def is_revoked(self, node: NodeId) -> bool:
         """Whether a node was shut out."""
@@ -174,7 +181,9 @@ class Coordinator:
         node = NodeId(len(self._state.nodes))
         if node > MAX_NODE_ID:
             raise AdmissionError(f"the cluster has given all its {MAX_NODE_ID + 1} identities")
-        self._record(NodeEnrolled(node, self._free_name(name, node), self._clock()))
+        free, is_bound = self._free_name(name, node), bool(token and token.node_name)
+        token_id = token.id if token else None
+        self._record(NodeEnrolled(node, free, self._clock(), token_id, is_bound))
         return node
 
     def admit(self, node: NodeId, hello: Hello) -> NodeRecord:
@@ -185,8 +194,11 @@ class Coordinator:
             UsageError: a malformed name or parallel size.
             PlanError: its pinned layers are malformed or outside the model.
         """
-        if self._known(node).is_revoked:
+        record = self._known(node)
+        if record.is_revoked:
             raise AdmissionError(f"{hello.name} was revoked: it may only join anew, with a token")
+        if record.bound_name not in (None, hello.name):
+            raise AdmissionError(f"{hello.name} was let in as {record.bound_name}, and as no other")
         name = self._free_name(hello.name, node)
         check_versions(name, hello.versions, self._versions)
         if hello.tensor_parallel_size < 1:

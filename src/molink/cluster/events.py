@@ -60,6 +60,8 @@ class NodeEnrolled:
     node: NodeId
     name: str
     at: float
+    token: str | None = None  # the id of the one it had
+    is_bound: bool = False  # it may have no other name
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ class NodeRecord:
     stands_by: bool = False  # its user wants it to take over stages that are lost, and no others
     is_revoked: bool = False  # it may never take part again
     drains: bool = False  # it shall compute nothing until it joins again
+    token: str | None = None  # the id of the one with which it was let in
+    bound_name: str | None = None  # the only one it may have
     resources: Resources | None = None  # known exactly while it is ready
     loaded: LayerRange | None = None  # ahead, while it is a spare
     trouble: str = ""  # why it, or its stage, was lost; empty again once it joins or is planned
@@ -136,10 +138,11 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
         case NodeDrained(node, _):
             drained = _put(state, replace(state.node(node), drains=True, loaded=None))
             return _stage_down(drained, node)
-        case NodeEnrolled(node, name, at):
+        case NodeEnrolled(node, name, at, token_id, is_bound):
             if node != len(state.nodes) or node > MAX_NODE_ID:
                 raise ValueError(f"node id {node} is not the next one")
-            record = NodeRecord(node, name, NodeStatus.ENROLLED, at)
+            record = NodeRecord(node, name, NodeStatus.ENROLLED, at, token=token_id)
+            record = replace(record, bound_name=name if is_bound else None)
             return replace(state, nodes=(*state.nodes, record))
         case NodeJoined():
             return _node_joined(state, event)
@@ -201,7 +204,7 @@ def _head_started(state: ClusterState, event: HeadStarted) -> ClusterState:
 
 
 def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
-    state.node(event.node)
+    before = state.node(event.node)
     record = NodeRecord(
         event.node,
         event.name,
@@ -213,7 +216,9 @@ def _node_joined(state: ClusterState, event: NodeJoined) -> ClusterState:
         computes=event.computes,
         tensor_parallel_size=event.tensor_parallel_size,
         stands_by=event.stands_by,
-        is_revoked=state.node(event.node).is_revoked,
+        is_revoked=before.is_revoked,
+        token=before.token,
+        bound_name=before.bound_name,
     )
     # Whatever it computed before, this process of it has loaded nothing.
     return _stage_down(_put(state, record), event.node)

@@ -46,14 +46,14 @@ def parse_flags(model: str, socket: str, flags: list[str]) -> tuple[Any, list[st
     of_user = [flag for flag in parser.normalised if flag not in own]
     with _saying_what_is_wrong():
         refuse_owned(of_user)  # again: there may have been a file of flags
-        _refuse_tls(arguments)
+        _refuse_gateways(arguments)
         _check(arguments)
     return arguments, engine_flags_of(of_user)
 
 
-def _refuse_tls(arguments: Namespace) -> None:
-    """Raises UsageError: the gateway serves HTTPS, and takes its flags from the command line."""
-    for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh"):
+def _refuse_gateways(arguments: Namespace) -> None:
+    """Raises UsageError for flags of the gateway, which takes them from the command line."""
+    for name in ("api_key", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "enable_ssl_refresh"):
         if getattr(arguments, name):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"{flag} cannot be given here: only on the command line of a head")

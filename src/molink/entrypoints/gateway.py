@@ -46,7 +46,7 @@ async def _serve(options: argparse.Namespace) -> None:
     admission = Admission(given.limits, lambda: agent.view.at_once if agent.view else None)
     seconds = given.limits.seconds
     gateway = Gateway(agent, Upstream(options.engine_socket), keys, admission, seconds)
-    server = GatewayServer(gateway)
+    server = GatewayServer(gateway, keys.check)
     await server.start(given.host, given.port, given.tls)
     tasks = [asyncio.create_task(_refresh(keys)), asyncio.create_task(_drain(agent, admission))]
     await ended.wait()

@@ -47,10 +47,12 @@ class Adapters:
             for name, body in list(self._loaded.items()):
                 target = LOAD_PATH.encode()
                 reply = await engine.request(b"POST", target, JSON_HEADERS, body)
-                said = await reply.read_all()
-                reply.close()
+                try:
+                    said = await reply.read_all()
+                finally:
+                    reply.close()
                 if reply.status != 200:
-                    del self._loaded[name]
+                    self._loaded.pop(name, None)
                     logger.warning("adapter %s cannot be loaded again: %r", name, said[:1000])
             self._engines_lost = engines_lost
 

@@ -69,7 +69,7 @@ class Admission:
         Args:
             size: bytes of the request.
         """
-        self._check(tenant)
+        self._check_room(tenant)
         self._present[tenant.name] += 1
         try:
             await self._wait(tenant)
@@ -88,13 +88,17 @@ class Admission:
         """Count tokens that a tenant was served."""
         self._queue.charge(tenant.name, tokens / tenant.weight)
 
-    def _check(self, tenant: Tenant) -> None:
-        if tenant.at_once is not None and self._present[tenant.name] >= tenant.at_once:
-            text = f"{tenant.name} may have {tenant.at_once} requests at once"
-            raise _later(text, self._seconds_each)
+    def _check_room(self, tenant: Tenant) -> None:
         if self._running >= self.most_running and self.waiting >= self._limits.waiting:
             wait_s = self._seconds_each * (self.waiting + 1) / self.most_running
             raise _later(f"{self.waiting} requests wait already", wait_s)
+        self.check(tenant)
+
+    def check(self, tenant: Tenant) -> None:
+        """Raises Refusal for a request beyond what its tenant may make."""
+        if tenant.at_once is not None and self._present[tenant.name] >= tenant.at_once:
+            text = f"{tenant.name} may have {tenant.at_once} requests at once"
+            raise _later(text, self._seconds_each)
         if tenant.requests_per_minute is not None:
             self._check_rate(tenant, tenant.requests_per_minute)
 
@@ -111,6 +115,7 @@ class Admission:
         """Return once there is a place, which is taken then."""
         if self._running < self.most_running and not self.waiting:
             self._running += 1
+            self._queue.pass_by(tenant.name)
             return
         turn = asyncio.get_running_loop().create_future()
         self._queue.put(tenant.name, turn)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol, cast
 
 import httptools
@@ -28,6 +28,10 @@ QUIET_TIMEOUT_S = 60.0  # between two pieces of a body
 IDLE_TIMEOUT_S = 120.0  # between two requests
 STALLED_TIMEOUT_S = 60.0  # that a client may not read while there is something for it
 
+LINGER_S = 0.5
+MAX_AHEAD = 32  # requests of a client that wait for the answer to one before
+MAX_BODIES = 1 << 30  # bytes, of all clients
+
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -37,16 +41,35 @@ class Handler(Protocol):
     def __call__(self, request: Request, answer: "Answer") -> Awaitable[None]: ...
 
 
+class Budget:
+    """Bytes of all bodies that are kept at a time."""
+
+    used = 0
+
+
 class Connection(asyncio.Protocol):
     """One client. Requests that come before the answer to the last one wait for their turn.
 
     Args:
         handle: answers requests.
+        check: raises Refusal for a request whose body shall not even be read.
+        budget: shared by all connections.
         connections: where it is while it is open; one whose TLS fails never is.
     """
 
-    def __init__(self, handle: Handler, connections: set["Connection"]) -> None:
+    def __init__(
+        self,
+        handle: Handler,
+        check: Callable[[Request], None],
+        budget: Budget,
+        connections: set["Connection"],
+    ) -> None:
         self._handle = handle
+        self._check = check
+        self._budget = budget
+        self._kept = 0  # bytes of bodies
+        self._unread = 0  # bytes since anything but headers has come
+        self._is_reading = False  # a request has begun, and is not complete
         self._connections = connections
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport
@@ -56,6 +79,7 @@ class Connection(asyncio.Protocol):
         self._ready: deque[Request] = deque()
         self._task: asyncio.Task[None] | None = None
         self._is_ending = False
+        self._is_deaf = False  # what comes is not understood any more
         self._writable = asyncio.Event()
         self._writable.set()
         self._loop = asyncio.get_running_loop()
@@ -69,18 +93,24 @@ class Connection(asyncio.Protocol):
         self._connections.add(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_deaf:
+            return
         if self._timeout_s == IDLE_TIMEOUT_S:
             self._waits_for(HEAD_TIMEOUT_S)
         elif self._timeout_s == QUIET_TIMEOUT_S:
             self._waits_for(QUIET_TIMEOUT_S)
+        self._unread += len(data)
         try:
             self._parser.feed_data(data)
+            self._check_head(self._unread)  # headers, or trailers, that have no end yet
         except httptools.HttpParserUpgrade:
             pass  # to HTTP/2, which we may decline: the request is answered
         except httptools.HttpParserError as error:
             refusal = error.__context__
             if not isinstance(refusal, Refusal):
                 refusal = Refusal(400, "BadRequestError", f"no HTTP request: {error}")
+            self._refuse(refusal)
+        except Refusal as refusal:
             self._refuse(refusal)
 
     def eof_received(self) -> bool:
@@ -91,6 +121,7 @@ class Connection(asyncio.Protocol):
         if self._task is not None:
             self._task.cancel()
         self._writable.set()
+        self._keep(-self._kept)
         self._connections.discard(self)
 
     def pause_writing(self) -> None:
@@ -103,20 +134,23 @@ class Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._request = Request(b"", b"")
-        self._body.clear()
+        self._body = bytearray()
         self._head_size = 0
+        self._is_reading = True
 
     def on_url(self, part: bytes) -> None:
         self._add_to_head(len(part))
         self._request.target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._add_to_head(len(name) + len(value))
+        self._add_to_head(len(name) + len(value) + 4)
         self._request.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
         self._request.method = self._parser.get_method()
-        self._waits_for(QUIET_TIMEOUT_S)
+        if self._task is None:
+            self._waits_for(QUIET_TIMEOUT_S)
+        self._check(self._request)
         if (self._request.header(b"upgrade") or b"").lower() == b"websocket":
             raise Refusal(501, "NotImplementedError", "the gateway takes no WebSockets")
         if (length := self._request.header(b"content-length")) is not None:
@@ -125,25 +159,40 @@ class Connection(asyncio.Protocol):
             self._transport.write(_CONTINUE)
 
     def on_body(self, part: bytes) -> None:
+        self._unread = 0
         self._check_body(len(self._body) + len(part))
+        self._keep(len(part))
         self._body += part
 
     def on_message_complete(self) -> None:
         request = self._request
-        request.body = bytes(self._body)
+        self._unread, self._is_reading = 0, False
+        request.body, self._body = bytes(self._body), bytearray()
         request.keeps_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         request.is_old = self._parser.get_http_version() == "1.0"
         self._ready.append(request)
         if self._task is None:
             self._answer_next()
-        else:
-            self._transport.pause_reading()  # nobody is served faster who asks for more at once
+        elif len(self._ready) > MAX_AHEAD:
+            text = f"more than {MAX_AHEAD} requests at once on one connection"
+            raise Refusal(429, "RateLimitError", text)
 
     def _add_to_head(self, size: int) -> None:
         self._head_size += size
-        if self._head_size > MAX_HEAD:
+        self._check_head(self._head_size)
+
+    def _check_head(self, size: int) -> None:
+        if size > MAX_HEAD:
             text = f"the headers are larger than {MAX_HEAD} bytes"
             raise Refusal(431, "RequestHeaderFieldsTooLargeError", text)
+
+    def _keep(self, size: int) -> None:
+        """Count bytes of bodies that are kept, or not any more."""
+        if size > 0 and self._budget.used + size > MAX_BODIES:
+            text = "too much is being sent at once; try again later"
+            raise Refusal(503, "ServiceUnavailableError", text, retry_after_s=5)
+        self._kept += size
+        self._budget.used += size
 
     def _check_body(self, size: int) -> None:
         if size > MAX_BODY:
@@ -168,28 +217,43 @@ class Connection(asyncio.Protocol):
         except Exception:
             logger.exception("%s %s", request.method, request.path)
             answer.refuse(Refusal(500, "InternalServerError", "the gateway failed; see its log"))
+        if not self._writable.is_set():
+            await self._wait_until_read()
+        self._keep(-len(request.body))
         self._task = None
         if not request.keeps_alive or not answer.is_complete:
             self.end()
         elif self._ready:
             self._answer_next()
-        elif not self._is_ending:
-            self._transport.resume_reading()
-            self._waits_for(IDLE_TIMEOUT_S)
+        elif self._is_ending:
+            self.end()
         else:
-            self._transport.close()
+            self._waits_for(QUIET_TIMEOUT_S if self._is_reading else IDLE_TIMEOUT_S)
+
+    async def _wait_until_read(self) -> None:
+        """Nothing more is answered before the client has read what it asked for."""
+        try:
+            await asyncio.wait_for(self._writable.wait(), STALLED_TIMEOUT_S)
+        except TimeoutError:
+            self._transport.abort()
 
     def _refuse(self, refusal: Refusal) -> None:
-        """What comes further on this connection is not understood."""
-        if not self._is_ending and self._task is None:
-            answer = Answer(self._transport, self._writable, Request(b"GET", b"", is_old=True))
-            answer.refuse(refusal)
-        self.end()
+        """What comes further on this connection is not understood.
+
+        It is read all the same for a moment: a socket that is closed before takes back the answer.
+        """
+        is_new, self._is_ending, self._is_deaf = not self._is_ending, True, True
+        self._ready.clear()
+        if is_new and self._task is None:
+            request = Request(b"GET", b"", keeps_alive=False)
+            Answer(self._transport, self._writable, request).refuse(refusal)
+            self._loop.call_later(LINGER_S, self.end)
 
     def end(self) -> None:
         """Close it, once what is under way is answered."""
         self._is_ending = True
         if self._task is None:
+            self._waits_for(STALLED_TIMEOUT_S)  # for it to read what it was sent
             self._transport.close()
 
     def _waits_for(self, timeout_s: float) -> None:
@@ -198,7 +262,9 @@ class Connection(asyncio.Protocol):
     def check_time(self, now: float) -> None:
         """End it if its client has kept it waiting for too long."""
         if now - self._waits_since > self._timeout_s:
-            if self._timeout_s == IDLE_TIMEOUT_S:
+            if self._transport.is_closing():
+                self._transport.abort()
+            elif self._timeout_s == IDLE_TIMEOUT_S:
                 self.end()
             else:
                 self._refuse(Refusal(408, "RequestTimeoutError", "the request took too long"))
@@ -220,6 +286,7 @@ class Answer:
         self._is_chunked = False
         self.status = 0
         self.is_begun = False
+        self.is_of_events = False
         self.is_complete = False
 
     def whole(self, status: int, headers: Headers, body: bytes) -> None:
@@ -249,6 +316,8 @@ class Answer:
 
     def _begin(self, status: int, headers: Headers, body: bytes) -> None:
         self.status, self.is_begun = status, True
+        kind = next((value for name, value in headers if name == b"content-type"), b"")
+        self.is_of_events = kind.startswith(b"text/event-stream")
         if not self._request.keeps_alive:
             headers = [*headers, (b"connection", b"close")]
         self._transport.write(head(status_line(status), headers) + body)

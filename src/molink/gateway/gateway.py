@@ -21,7 +21,7 @@ from molink.gateway.http import Headers, Refusal, Request, end_to_end
 from molink.gateway.keys import Keys
 from molink.gateway.metrics import ClusterCollector, GatewayMetrics
 from molink.gateway.stream import DONE, DivergedError
-from molink.gateway.upstream import Reply, Upstream, UpstreamLostError
+from molink.gateway.upstream import Reply, UnreachableError, Upstream, UpstreamLostError
 
 RETRY_AFTER_S = 5
 NOTICE_S = 1.0  # in which the agent says that the engine is gone, or has lost its pipeline
@@ -40,7 +40,7 @@ _INTERNAL_ERROR = re.compile(
 )
 """How vLLM ends the stream of a request that has failed, and so does `/generate`."""
 _ABORTED = b'"finish_reason":"abort"'
-_COMPLETION_TOKENS = re.compile(rb'"completion_tokens": ?([0-9]{1,9})')
+_COMPLETION_TOKENS = re.compile(rb'"(?:completion|output)_tokens": ?([0-9]{1,9})')
 
 
 class Gateway:
@@ -81,13 +81,15 @@ class Gateway:
         tenant = self._keys.tenant_of(request)
         if self._agent.drains.is_set() and request.path not in ALWAYS_ANSWERED:
             raise Refusal(503, UNAVAILABLE, "the server is about to end", RETRY_AFTER_S)
-        if request.path == LOAD_PATH:
+        path = request.path
+        if path == LOAD_PATH:
             refuse_in_place(request.body)
         seconds = _deadline_of(request, self._seconds)
         exchange = _Exchange(request, answer, self._agent, self._engine, self._adapters)
         try:
             async with asyncio.timeout(seconds):
-                if request.method != b"POST" or request.path in FREE_PATHS:
+                if request.method != b"POST" or path in FREE_PATHS:
+                    self._admission.check(tenant)
                     await exchange.run()
                     return
                 async with self._admission.enter(tenant, len(request.body)):
@@ -132,7 +134,7 @@ class _Exchange:
         self._body = self._generation.body if self._generation else request.body
         self._engines_lost = agent.engines_lost
         self._setbacks = 0
-        self._num_whole = 0  # tokens of an answer that came at once
+        self._num_seen = 0  # tokens, or events, of an answer that is no stream of ours
         self.times_resumed = 0
 
     async def run(self) -> None:
@@ -157,7 +159,7 @@ class _Exchange:
     @property
     def num_tokens(self) -> int:
         """Tokens that were generated for the client."""
-        return self._generation.stream.num_tokens if self._generation else self._num_whole
+        return self._generation.stream.num_tokens if self._generation else self._num_seen
 
     def _refuse_what_cannot_wait(self) -> None:
         if self._agent.down is None or self._path in ALWAYS_ANSWERED:
@@ -169,7 +171,9 @@ class _Exchange:
         return Refusal(503, UNAVAILABLE, self._agent.trouble, RETRY_AFTER_S)
 
     async def _break_off(self, error: bytes) -> None:
-        """End a stream with an error, whose JSON this is."""
+        """End a stream with an error, whose JSON this is; other bodies are cut off."""
+        if not self._answer.is_of_events:
+            return
         await self._answer.write(b'data: {"error": %b}\n\n%b\n\n' % (error, DONE))
         self._answer.end()
 
@@ -198,7 +202,7 @@ class _Exchange:
             await self._break_off(_error_in(body))
             return
         if found := _COMPLETION_TOKENS.search(body):
-            self._num_whole = int(found[1])
+            self._num_seen = int(found[1])
         self._adapters.note(self._path, self._request.body, reply.status)
         self._answer.whole(reply.status, end_to_end(reply.headers), body)
 
@@ -219,7 +223,7 @@ class _Exchange:
         stream = generation.stream
         if not self._answer.is_begun:
             self._answer.begin(200, end_to_end(reply.headers))
-        while not stream.failure and (data := await reply.read()):
+        while not stream.failure and not stream.is_done and (data := await reply.read()):
             await self._answer.write(stream.pass_on(data))
         if isinstance(stream.failure, DivergedError):
             raise Refusal(500, INTERNAL, "the engine was lost, and another one goes on differently")
@@ -230,6 +234,8 @@ class _Exchange:
             raise UpstreamLostError("the stream has no end")
         else:
             self._answer.end()
+            with contextlib.suppress(UpstreamLostError):  # if it comes, the connection is kept
+                await reply.read()
 
     async def _pass_pieces(self, reply: Reply) -> None:
         """A stream that only the engine understands."""
@@ -240,6 +246,7 @@ class _Exchange:
                     data = self._explained(data)
             if not self._answer.is_begun:
                 self._answer.begin(reply.status, end_to_end(reply.headers))
+            self._num_seen += data.count(b"\n\n")
             await self._answer.write(data)
         self._answer.end()
 
@@ -256,11 +263,13 @@ class _Exchange:
         Args:
             has_more: the engine that is gone had brought something.
         """
+        is_gone = await self._is_engine_gone()
         if self._path in NEVER_WAIT:
+            self._refuse_what_cannot_wait()
             raise Refusal(503, UNAVAILABLE, str(error), RETRY_AFTER_S)
-        if await self._is_engine_gone():
+        if not isinstance(error, UnreachableError):
             self._setbacks = 1 if has_more else self._setbacks + 1
-        else:
+        if not is_gone:
             await asyncio.sleep(RECONNECT_S)
         if self._setbacks == MOST_SETBACKS:
             text = f"{MOST_SETBACKS} engines in a row have ended while they computed this request"

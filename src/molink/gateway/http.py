@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from urllib.parse import unquote
 
+import httptools
 import msgspec
 
 Headers = list[tuple[bytes, bytes]]
@@ -33,7 +35,12 @@ class Request:
 
     @property
     def path(self) -> str:
-        return self.target.partition(b"?")[0].decode("latin-1")
+        """As the engine's server reads it: without a host, and decoded. Raises Refusal."""
+        try:
+            found = httptools.parse_url(self.target).path or b"/"
+        except httptools.HttpParserInvalidURLError:
+            raise Refusal(400, "BadRequestError", "the path makes no sense") from None
+        return unquote(found.decode("latin-1"))
 
     def header(self, name: bytes) -> bytes | None:
         """The first header of this name."""

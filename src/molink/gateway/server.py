@@ -2,11 +2,13 @@
 
 import asyncio
 import ssl
+from collections.abc import Callable
 
 import msgspec
 
 from molink.core.errors import UsageError
-from molink.gateway.connection import Connection, Handler
+from molink.gateway.connection import Budget, Connection, Handler
+from molink.gateway.http import Request
 
 BACKLOG = 2048
 CHECK_S = 5.0
@@ -36,10 +38,19 @@ class Tls(msgspec.Struct, frozen=True):
 
 
 class GatewayServer:
-    """Owns the listening socket and all connections."""
+    """Owns the listening socket and all connections.
 
-    def __init__(self, handle: Handler) -> None:
+    Args:
+        handle: answers requests.
+        check: raises Refusal for a request whose body shall not even be read.
+    """
+
+    def __init__(
+        self, handle: Handler, check: Callable[[Request], None] = lambda request: None
+    ) -> None:
         self._handle = handle
+        self._check_request = check
+        self._budget = Budget()
         self._connections: set[Connection] = set()
         self._server: asyncio.Server
         self._checking: asyncio.Task[None]
@@ -47,7 +58,8 @@ class GatewayServer:
     async def start(self, host: str, port: int, tls: Tls) -> int:
         """Listen; returns the port. Raises UsageError if that is not possible."""
         loop = asyncio.get_running_loop()
-        connect = lambda: Connection(self._handle, self._connections)  # noqa: E731
+        shared = self._handle, self._check_request, self._budget, self._connections
+        connect = lambda: Connection(*shared)  # noqa: E731
         try:
             self._server = await loop.create_server(
                 connect, host, port, ssl=tls.context(), backlog=BACKLOG

@@ -76,10 +76,10 @@ _decoder = msgspec.json.Decoder(_Event)
 
 @dataclass(slots=True)
 class _Delivered:
-    """What a client has of one choice; texts are counted in characters."""
+    """What a client has of one choice."""
 
     tokens: list[int] = field(default_factory=list)
-    texts: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, list[str]] = field(default_factory=dict)  # pieces, by where they stand
     calls: set[int] = field(default_factory=set)  # tools whose name it has
     has_role: bool = False
     is_finished: bool = False
@@ -111,7 +111,7 @@ class _Delivered:
         self.is_opaque |= said and not has_tokens and not delta.role
 
     def _add(self, name: str, text: str) -> None:
-        self.texts[name] = self.texts.get(name, 0) + len(text)
+        self.texts.setdefault(name, []).append(text)
 
 
 class _Behind:
@@ -120,12 +120,14 @@ class _Behind:
     def __init__(self, has: _Delivered) -> None:
         self._has = has
         self._tokens = list(has.tokens)  # to be said again
-        self._texts = dict(has.texts)  # characters to be said again
+        self._texts = {name: "".join(pieces) for name, pieces in has.texts.items()}  # likewise
+        self._calls = set(has.calls)  # of tools, to be named again
 
     @property
     def is_over(self) -> bool:
         """Whether all that comes is new; never of a choice that the client has whole."""
-        return not (self._has.is_finished or self._tokens or any(self._texts.values()))
+        is_behind = self._tokens or self._calls or any(self._texts.values())
+        return not (self._has.is_finished or is_behind)
 
     def cut(self, choice: dict[str, Any]) -> bool:
         """Leave what is new; whether anything is. Raises DivergedError."""
@@ -169,6 +171,7 @@ class _Behind:
 
     def _cut_call(self, call: dict[str, Any]) -> bool:
         index, function = call.get("index", 0), call.get("function") or {}
+        self._calls.discard(index)
         if function.get("arguments"):
             function["arguments"] = self._new(f"call-{index}", function["arguments"])
         if index not in self._has.calls:
@@ -179,10 +182,13 @@ class _Behind:
         return bool(function.get("arguments"))
 
     def _new(self, name: str, text: str) -> str:
-        again = min(len(text), self._texts.get(name, 0))
+        """What is left of a text. Raises DivergedError if the client has something else."""
+        again = self._texts.get(name, "")[: len(text)]
+        if not text.startswith(again):
+            raise DivergedError
         if again:
-            self._texts[name] -= again
-        return text[again:]
+            self._texts[name] = self._texts[name][len(again) :]
+        return text[len(again) :]
 
 
 class Stream:

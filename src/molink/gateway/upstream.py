@@ -16,7 +16,11 @@ FULL_S = 0.01
 
 
 class UpstreamLostError(Exception):
-    """The replica cannot be reached, or went away before its answer was complete."""
+    """The replica went away before its answer was complete."""
+
+
+class UnreachableError(UpstreamLostError):
+    """The replica cannot be reached: it knows nothing of the request."""
 
 
 class Upstream:
@@ -51,7 +55,7 @@ class Upstream:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 return await self._connect_in_turn()
         except (OSError, TimeoutError) as error:
-            raise UpstreamLostError(f"the engine cannot be reached: {error}") from error
+            raise UnreachableError(f"the engine cannot be reached: {error}") from error
 
     async def _connect_in_turn(self) -> "_Connection":
         loop = asyncio.get_running_loop()

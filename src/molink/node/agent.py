@@ -116,6 +116,8 @@ class Agent:
 
     async def run_link(self, link: Link) -> None:
         """Run a link until it ends. Raises LinkError or WireError if it broke."""
+        if (old := self.switch.links.get(link.peer)) is not None:
+            old.close()
         self.switch.links[link.peer] = link
         prober = asyncio.create_task(self._probe(link))
         try:

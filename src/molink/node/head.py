@@ -222,6 +222,7 @@ class HeadAgent(Agent):
         self.say(f"{name} is revoked")
         self.tell(node, to_agent.Refused("this node was revoked"))
         self.node_lost(node, "it was revoked")
+        self._server.end_tunnels(node)
         self._changed.set()
         if (link := self.switch.links.get(node)) is not None:
             asyncio.get_running_loop().call_later(LAST_WORDS_S, link.close)

@@ -189,7 +189,7 @@ class MemberAgent(Agent):
         try:
             self._identity = key.renew(certificate, self._identity)
             self._keep(self._identity)
-        except IdentityError as error:
+        except (IdentityError, OSError) as error:
             self.say(f"the head's new certificate cannot be used: {error}")
 
     async def _accept(self, accepted: Accepted) -> None:

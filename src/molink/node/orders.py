@@ -62,7 +62,8 @@ class Orders:
                 self._coordinator.revoke_token(token)
                 return Done(f"token {token} lets nobody in any more; who joined with it stays")
             case RevokeNode(node=name):
-                self._revoked(self._coordinator.revoke_node(name))
+                for node_id in self._coordinator.revoke_node(name):
+                    self._revoked(node_id)
                 return Done(f"{name} is shut out: it may only join anew, with another token")
             case DrainNode(node=name):
                 heir = self._coordinator.drain(name)

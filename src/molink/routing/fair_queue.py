@@ -25,11 +25,19 @@ class FairQueue(Generic[Item]):
     def put(self, tenant: str, item: Item) -> None:
         """Have an item wait behind the tenant's others."""
         if tenant not in self._waiting:
-            others = [self._served[name] for name in self._waiting]
-            least = min(others, default=self._last)
-            self._served[tenant] = max(self._served.get(tenant, 0.0), least)
+            self._lift(tenant)
             self._waiting[tenant] = deque()
         self._waiting[tenant].append(item)
+
+    def pass_by(self, tenant: str) -> None:
+        """An item of a tenant need not wait: nobody does."""
+        self._lift(tenant)
+        self._last = self._served[tenant]
+
+    def _lift(self, tenant: str) -> None:
+        others = [self._served[name] for name in self._waiting]
+        least = min(others, default=self._last)
+        self._served[tenant] = max(self._served.get(tenant, 0.0), least)
 
     def take(self) -> Item:
         """The first item of the tenant that was served least. Raises ValueError if none waits."""

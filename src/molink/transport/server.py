@@ -82,6 +82,7 @@ class LinkServer:
         self._enroll = enroll
         self._server: grpc.aio.Server | None = None
         self._running: set[asyncio.Future[None]] = set()
+        self._tunnels: dict[NodeId, set[asyncio.Future[None]]] = {}
 
     async def start(self, listen: str, credentials: grpc.ServerCredentials) -> int:
         """Listen on HOST:PORT; returns the port.
@@ -126,6 +127,11 @@ class LinkServer:
         if self._running:
             await asyncio.wait(self._running)
 
+    def end_tunnels(self, node: NodeId) -> None:
+        """End what a node has open but its link."""
+        for tunnel in list(self._tunnels.get(node, ())):
+            tunnel.cancel()
+
     async def _identify(self, context: Any) -> PeerIdentity:
         """Who calls; refuses everybody who is not a node of the cluster, or not any more."""
         try:
@@ -158,6 +164,9 @@ class LinkServer:
         identity = await self._identify(context)
         assert self._tunnel is not None
         carrying = self._watch(self._tunnel(context, identity.node))
+        tunnels = self._tunnels.setdefault(identity.node, set())
+        tunnels.add(carrying)
+        carrying.add_done_callback(tunnels.discard)
         try:
             await asyncio.shield(carrying)
         except asyncio.CancelledError:

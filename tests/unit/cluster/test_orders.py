@@ -46,7 +46,7 @@ def test_a_revoked_node_never_comes_back(make_cluster: MakeCluster, store: Any) 
     cluster = make_cluster(2)
     beta = cluster.ready("beta")
     cluster.coordinator.plan()
-    assert cluster.coordinator.revoke_node("beta") == beta
+    assert cluster.coordinator.revoke_node("beta") == [beta]
     assert isinstance(cluster.coordinator.plan(), Waiting)
     assert cluster.coordinator.is_revoked(beta)
     with pytest.raises(AdmissionError, match="was revoked"):
@@ -102,3 +102,29 @@ def test_a_drained_spare_takes_nothing(make_cluster: MakeCluster) -> None:
     assert cluster.coordinator.next_standby({}, set()) is None
     cluster.coordinator.node_lost(beta, "gone")
     assert isinstance(cluster.coordinator.plan(), Waiting)
+
+
+def test_revoking_a_node_ends_all_its_identities_and_its_token(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    coordinator = cluster.coordinator
+    coordinator.add_token(b"root", FOR_EVER)
+    coordinator.add_token(b"other", FOR_EVER)
+    old = coordinator.enrol("beta", b"root")
+    cluster.rejoin(old, "beta")
+    coordinator.node_lost(old, "gone")
+    new = coordinator.enrol("beta", b"root")
+    assert coordinator.revoke_node("beta") == [old, new]
+    assert coordinator.live_roots == [b"other"]
+    with pytest.raises(AdmissionError, match="was revoked"):
+        cluster.rejoin(old, "beta")
+
+
+def test_a_node_keeps_the_name_for_which_it_was_let_in(make_cluster: MakeCluster) -> None:
+    cluster = make_cluster(2)
+    cluster.coordinator.add_token(b"root", FOR_EVER, "beta")
+    beta = cluster.coordinator.enrol("beta", b"root")
+    with pytest.raises(AdmissionError, match="evil was let in as beta, and as no other"):
+        cluster.rejoin(beta, "evil")
+    cluster.rejoin(beta, "beta")
+    with pytest.raises(AdmissionError, match="as no other"):
+        cluster.rejoin(beta, "evil")

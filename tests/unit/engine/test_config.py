@@ -224,13 +224,13 @@ def test_engine_flags_leave_the_head_and_no_others(flags: list[list[str]]) -> No
 def test_flags_leave_the_head_in_the_spelling_that_argparse_knows(
     flags: list[str], sent: list[str]
 ) -> None:
-    _, engine_flags = parse_flags(str(MODEL), "http.sock", ["--api_key=secret", *flags])
+    _, engine_flags = parse_flags(str(MODEL), "http.sock", ["--root_path=secret", *flags])
     assert engine_flags == sent
 
 
 def test_flags_of_a_file_leave_the_head_without_its_secrets(tmp_path: Path) -> None:
     file = tmp_path / "flags.yaml"
-    file.write_text("max-num-seqs: 7\napi-key: secret\n")
+    file.write_text("max-num-seqs: 7\nroot-path: secret\n")
     _, engine_flags = parse_flags(str(MODEL), "http.sock", ["--config", str(file)])
     assert engine_flags == ["--max-num-seqs", "7"]
 

@@ -16,6 +16,7 @@ DESC_ACT = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": Tru
     [
         (["--gpu-memory-utilization=1.5"], "gpu_memory_utilization: Input should be less than"),
         (["--tensor-parallel-size=7"], "must be divisible by tensor parallel size (7)"),
+        (["--api-key=secret"], "--api-key cannot be given here: only on the command line"),
         (
             ["--hf-overrides", json.dumps({"quantization_config": DESC_ACT})],
             "(desc_act=True) is no longer supported",

@@ -13,6 +13,7 @@ import uvloop
 
 from molink.gateway import gateway, server
 from molink.gateway.admission import Admission, Limits
+from molink.gateway.connection import Budget
 from molink.gateway.gateway import Gateway
 from molink.gateway.keys import Keys
 from molink.gateway.server import GatewayServer, Tls
@@ -149,6 +150,8 @@ class FakeEngine:
 class Served:
     """A running gateway, its engine and its agent."""
 
+    budget: Budget
+
     def __init__(
         self, agent: FakeAgent, engine: FakeEngine, keys: Keys, admission: Admission, port: int
     ) -> None:
@@ -185,8 +188,9 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     upstream = Upstream(engine.path)
     keys, admission = Keys([], None), Admission(Limits(), lambda: None)
     handle = Gateway(agent, upstream, keys, admission)  # type: ignore[arg-type]
-    port = GatewayServer(handle)
+    port = GatewayServer(handle, keys.check)
     served = Served(agent, engine, keys, admission, await port.start("127.0.0.1", 0, Tls()))
+    served.budget = port._budget
     async with served.http:
         yield served
     upstream.close()

@@ -60,17 +60,31 @@ async def test_no_more_run_than_may_and_the_next_follows_at_once() -> None:
 
 async def test_the_one_with_least_served_goes_first() -> None:
     admission = limited(1)
-    admission.charge(ALICE, 1000)
     async with visiting(admission, ALICE, ALICE, ALICE, BOB) as visitors:
-        visitors[0].ends.set()
-        await settle()
-        assert [v.is_in for v in visitors] == [False, False, False, True] or visitors[1].is_in
-        admission.charge(ALICE, 10_000)
-        for visitor in visitors[1:]:
-            if visitor.is_in:
-                visitor.ends.set()
-        await settle()
-        assert sum(v.is_in for v in visitors) == 1
+        admission.charge(ALICE, 1000)
+        admission.charge(BOB, 10)
+        for leaving, following in ((0, 3), (3, 1), (1, 2)):
+            visitors[leaving].ends.set()
+            await settle()
+            assert [v.is_in for v in visitors] == [i == following for i in range(4)]
+
+
+async def test_who_used_what_nobody_wanted_is_not_made_to_pay() -> None:
+    admission = limited(1)
+    for _ in range(3):
+        async with admission.enter(ALICE, 4_000_000):
+            pass
+    async with visiting(admission, ALICE, *[BOB, ALICE] * 3) as visitors:
+        order = []
+        for _ in range(6):
+            (running,) = [v for v in visitors if v.is_in]
+            running.ends.set()
+            await settle()
+            (following,) = [v for v in visitors if v.is_in]
+            order.append(visitors.index(following))
+            admission.charge(BOB if order[-1] % 2 else ALICE, 100)
+        assert {order.index(i) // 2 for i in (1, 2)} == {0}
+        visitors[order[-1]].ends.set()
 
 
 async def test_too_many_are_told_when_to_come_back() -> None:

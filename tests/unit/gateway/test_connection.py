@@ -1,6 +1,7 @@
 """HTTP as clients may write it, well and badly."""
 
 import asyncio
+import contextlib
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -75,7 +76,7 @@ async def test_a_client_that_asks_whether_to_go_on(echoing: Served) -> None:
         (b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"GET / HTTP/1.1\r\nx: " + b"a" * 70_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n", 431),
-        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 40_000 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * 13_000 + b"\r\n", 431),
         (b"POST / HTTP/1.1\r\ncontent-length: 99999999999\r\n\r\n", 413),
         (b"GET / HTTP/1.1\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n", 501),
     ],
@@ -85,6 +86,93 @@ async def test_what_is_not_understood_is_refused(echoing: Served, sent: bytes, s
     assert said.startswith(b"HTTP/1.1 %d " % status)
     assert b'"error"' in said
     assert echoing.engine.asked == []
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET / HTTP/1.1\r\nx: ",
+        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx: ",
+    ],
+)
+async def test_a_header_without_an_end_is_not_kept(echoing: Served, head: bytes) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", echoing.port)
+    writer.write(head)
+    with contextlib.suppress(ConnectionError):
+        for _ in range(40):
+            writer.write(b"a" * 4096)
+            await writer.drain()
+            await asyncio.sleep(0.001)
+        said = await asyncio.wait_for(reader.read(), 5)
+        assert said == b"" or said.startswith(b"HTTP/1.1 431 ")
+    writer.close()
+    assert (await echoing.http.get("/alive")).status_code == 200
+    assert echoing.budget.used == 0
+
+
+async def test_a_client_that_reads_nothing_gets_no_more(
+    echoing: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STALLED_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(type(echoing.agent), "view_json", b"x" * 500_000)
+    reader, writer = await asyncio.open_connection("127.0.0.1", echoing.port, limit=1024)
+    writer.write(b"GET /cluster HTTP/1.1\r\n\r\n" * 30)
+    await asyncio.sleep(1.5)  # the kernel holds some answers, the gateway at most one
+    with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+        await reader.readexactly(30 * 500_000)
+    writer.close()
+
+
+async def test_a_client_that_asks_for_too_much_at_once(echoing: Served) -> None:
+    ends = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        await ends.wait()
+        await asked.whole(200, b"{}")
+
+    echoing.engine.script = script
+    reader, writer = await asyncio.open_connection("127.0.0.1", echoing.port)
+    writer.write(b"GET /x HTTP/1.1\r\n\r\n" * (connection.MAX_AHEAD + 2))
+    await asyncio.sleep(0.1)
+    ends.set()
+    said = await asyncio.wait_for(reader.read(), 5)
+    assert said.count(b"HTTP/1.1 200") == 1  # the one that was under way
+    writer.close()
+
+
+async def test_a_client_that_asks_ahead_and_goes_is_noticed(served: Served) -> None:
+    begun = asyncio.Event()
+
+    async def script(asked: Asked) -> None:
+        begun.set()
+        await asked.reader.readexactly(1)
+
+    served.engine.script = script
+    _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    writer.write(b"POST /v1/completions HTTP/1.1\r\ncontent-length: 2\r\n\r\n{}" * 3)
+    await begun.wait()
+    writer.close()
+    await asyncio.wait_for(served.engine.gone.wait(), 5)
+
+
+async def test_a_stranger_is_sent_away_before_his_body_is_read(
+    echoing: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(echoing.keys, "_given", {"hash": None})
+    said = await echoing.raw(b"POST /v1/x HTTP/1.1\r\ncontent-length: 60000000\r\n\r\nab")
+    assert said.startswith(b"HTTP/1.1 401 ")
+    assert echoing.budget.used == 0
+
+
+async def test_bodies_together_are_bounded(
+    echoing: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_BODIES", 1000)
+    said = await echoing.raw(b"POST /x HTTP/1.1\r\ncontent-length: 2000\r\n\r\n" + bytes(1500))
+    assert said.startswith(b"HTTP/1.1 503 ")
+    for _ in range(3):
+        assert (await echoing.http.post("/x", content=bytes(900))).status_code == 200
+    assert echoing.budget.used == 0
 
 
 async def test_a_body_that_grows_beyond_the_limit(

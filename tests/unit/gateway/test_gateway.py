@@ -196,6 +196,55 @@ async def test_an_answer_that_an_ending_engine_gave_up_is_asked_for_again(served
     assert answer.json()["choices"][0]["text"] == "ab"
 
 
+@pytest.mark.parametrize("begins", [False, True])
+async def test_an_engine_that_lives_and_drops_connections_is_not_asked_for_ever(
+    served: Served, begins: bool
+) -> None:
+    async def script(asked: Asked) -> None:
+        if begins:
+            await asked.begin()
+        raise ConnectionError
+
+    served.engine.script = script
+    answer = await ask(served)
+    assert "engines in a row" in answer.text
+    assert len(served.engine.asked) == MOST_SETBACKS
+
+
+async def test_a_connection_that_breaks_after_the_end_was_said_is_no_loss(served: Served) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.begin()
+        await asked.say(event([0, 1, 2, 3], ends=True) + DONE)
+        raise ConnectionError
+
+    served.engine.script = script
+    answer = await ask(served)
+    assert answer.text.count("[DONE]") == 1
+    assert text_of(answer) == "abcd"
+    assert len(served.engine.asked) == 1
+
+
+async def test_what_is_no_stream_of_events_is_cut_off(served: Served) -> None:
+    async def script(asked: Asked) -> None:
+        await asked.begin("audio/wav")
+        await asked.say(b"RIFF")
+        await asked.reader.readexactly(1)
+
+    served.engine.script = script
+    headers = {"x-request-timeout": "0.2"}
+    with pytest.raises(httpx.RemoteProtocolError):
+        await served.http.post("/v1/audio/speech", json={}, headers=headers)
+
+
+@pytest.mark.parametrize("path", ["/v1/%6coad_lora_adapter", "http://x/v1/load_lora_adapter"])
+async def test_a_path_is_read_as_the_engine_reads_it(served: Served, path: str) -> None:
+    body = b'{"lora_name": "one", "lora_path": "x", "load_inplace": true}'
+    head = f"POST {path} HTTP/1.1\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    said = await served.raw(head.encode() + body)
+    assert said.startswith(b"HTTP/1.1 400 ")
+    assert served.engine.asked == []
+
+
 async def test_a_stream_that_nobody_else_understands_ends_with_an_error(served: Served) -> None:
     async def script(asked: Asked) -> None:
         await asked.begin()

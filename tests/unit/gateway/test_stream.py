@@ -189,6 +189,18 @@ def test_tools_are_named_once_and_their_arguments_go_on() -> None:
     assert "".join(arguments) == '{"a": 1}'
 
 
+def test_a_parser_that_says_something_else_for_the_same_tokens_is_found_out() -> None:
+    def chunk(text: str, ids: Tokens) -> bytes:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": None, "token_ids": ids}
+        return event({"id": "x", "choices": [choice]})
+
+    stream = Stream(1, shows_ids=False)
+    stream.pass_on(chunk("let", [1]) + chunk(" me", [2]))
+    stream.begin_again()
+    assert stream.pass_on(chunk("letink me", [1, 2])) == b""
+    assert isinstance(stream.failure, DivergedError)
+
+
 def test_an_engine_that_says_other_tokens_is_found_out() -> None:
     stream = Stream(1, shows_ids=False)
     stream.pass_on(b"".join(Engine([[1, 2, 3, 4]], chat=False).says("a")[:2]))
