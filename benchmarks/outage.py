@@ -1,9 +1,10 @@
-"""How long streams are silent when a stage is killed: its node loads it again, or a standby has it.
+"""How long streams are silent when a stage is killed, or the engine.
 
-Two stages of the bundled model on this machine, and, in the other cluster, a third node that stands
-by. While requests stream, the process of the last stage is killed (SIGKILL). Silence is the longest
-time without a token from then on, of all streams; the tokens are compared with those of an
-undisturbed run, in float32. Prints a table, writes JSON, asserts nothing.
+Two stages of the bundled model on this machine. While requests stream, one process is killed
+(SIGKILL): the last stage, which its node loads again; the same, with a third node that stands by;
+or the engine's core, which another engine follows while the stages keep their layers. Silence is
+the longest time without a token from then on, of all streams; the answers are compared with those
+of an undisturbed run, in float32. Prints a table, writes JSON, asserts nothing.
 
     python benchmarks/outage.py [--rounds N] [--at-once N] [--json FILE]
 """
@@ -11,7 +12,7 @@ undisturbed run, in float32. Prints a table, writes JSON, asserts nothing.
 import argparse
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,8 +28,9 @@ from rich.table import Table
 from terminal import run
 from workload import Answer, Workload, run_round
 
-STANDBY = "a standby takes over"
-RELOAD = "its node loads it again"
+STANDBY = "a stage: a standby takes over"
+RELOAD = "a stage: its node loads it again"
+ENGINE = "the engine: another one starts"
 KILL_AFTER_S = 2.0  # all streams have begun by then, and none has ended
 SETTLE_S = 60.0  # until everybody is back
 
@@ -53,26 +55,27 @@ class Benchmark:
 
     def run(self) -> None:
         subject, flags = existing(BUNDLED), ("--dtype=float32", "--max-model-len=512")
-        clusters: list[Molink] = [
-            Molink(RELOAD, subject, 2, flags),
-            WithStandby(STANDBY, subject, 2, flags),
+        clusters: list[tuple[Molink, dict[str, Victim]]] = [
+            (Molink("two nodes", subject, 2, flags), {RELOAD: last_stage, ENGINE: engine_core}),
+            (WithStandby("and a standby", subject, 2, flags), {STANDBY: last_stage}),
         ]
-        for cluster in clusters:
-            found = self.results[cluster.name] = []
+        for cluster, faults in clusters:
             with cluster:
-                self._say(f"starting: {cluster.name}")
+                self._say(f"starting {cluster.name}")
                 cluster.start()
                 cluster.wait_until_serving()
-                for number in range(self._rounds):
-                    self._say(f"{cluster.name}, round {number + 1} of {self._rounds}")
-                    found.append(self._round(cluster, seed=number))
+                for name, victim in faults.items():
+                    found = self.results[name] = []
+                    for number in range(self._rounds):
+                        self._say(f"{name}, round {number + 1} of {self._rounds}")
+                        found.append(self._round(cluster, victim, seed=number))
         self._console.print(table(self.results))
 
-    def _round(self, cluster: Molink, seed: int) -> dict[str, float]:
+    def _round(self, cluster: Molink, victim: "Victim", seed: int) -> dict[str, float]:
         prompts = self._workload.prompts(cluster.subject.vocab_size, seed)
         wait_until_whole(cluster)
         undisturbed = ask(cluster, prompts, self._workload.output_tokens).answers
-        killed_at, answers = uvloop.run(self._disturbed(cluster, prompts))
+        killed_at, answers = uvloop.run(self._disturbed(cluster, victim, prompts))
         gaps = [_silence_s(answer, killed_at) for answer in answers]
         pairs = zip(undisturbed, answers, strict=True)
         return {
@@ -82,12 +85,12 @@ class Benchmark:
         }
 
     async def _disturbed(
-        self, cluster: Molink, prompts: list[list[int]]
+        self, cluster: Molink, victim: "Victim", prompts: list[list[int]]
     ) -> tuple[float, Sequence[Answer]]:
         model, tokens = str(cluster.subject.path), self._workload.output_tokens
         asked = asyncio.create_task(run_round(cluster.url, model, prompts, tokens))
         await asyncio.sleep(KILL_AFTER_S)
-        last_stage(cluster).kill()
+        victim(cluster).kill()
         return time.perf_counter(), (await asked).answers
 
 
@@ -105,6 +108,13 @@ def last_stage(cluster: Molink) -> psutil.Process:
     return next(process for role, process in cluster.processes() if role == f"stage {node}")
 
 
+def engine_core(cluster: Molink) -> psutil.Process:
+    return next(process for role, process in cluster.processes() if role == "engine core")
+
+
+Victim = Callable[[Molink], psutil.Process]
+
+
 def wait_until_whole(cluster: Contestant) -> None:
     """Until it serves, and whoever stands by has loaded a stage's layers."""
     end = time.monotonic() + SETTLE_S
@@ -116,7 +126,7 @@ def wait_until_whole(cluster: Contestant) -> None:
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> Table:
-    made = Table("the last stage is killed", "silence, s: median", "least", "most", "other answers")
+    made = Table("what is killed", "silence, s: median", "least", "most", "other answers")
     for name, rounds in results.items():
         silences = [found["silence_s"] for found in rounds]
         figures = (median(silences), min(silences), max(silences))
