@@ -19,10 +19,9 @@ from molink.core.errors import UsageError
 from molink.core.ids import HEAD
 from molink.core.model import ModelFacts
 from molink.gateway.options import GatewayOptions
-from molink.node.engine_host import EngineHost, EngineSettings
-from molink.node.gateway_host import GatewayHost
 from molink.node.head import HeadAgent, HeadSettings
 from molink.node.home import ClusterFolder, RunFolder
+from molink.node.server_hosts import EngineHost, EngineSettings, GatewayHost
 from molink.node.stage_host import StageHost
 from molink.node.surroundings import recognise
 from molink.transport.identity import (

@@ -65,9 +65,9 @@ from molink.core.model import ModelFacts
 from molink.core.plan import LayerRange
 from molink.gateway.admission import Limits
 from molink.gateway.options import GatewayOptions
-from molink.node.engine_host import EngineSettings
 from molink.node.head import HeadSettings
 from molink.node.home import ClusterFolder
+from molink.node.server_hosts import EngineSettings
 from molink.node.stage_host import StageSettings
 from molink.node.surroundings import recognise
 from molink.wire.to_engine import Pacing

@@ -27,12 +27,11 @@ from molink.core.errors import (
 from molink.core.ids import HEAD, NodeId, Port
 from molink.node.agent import Agent
 from molink.node.deployment import Deployment
-from molink.node.engine_host import EngineHost
 from molink.node.enrolment import enrol
-from molink.node.gateway_host import GatewayHost
 from molink.node.home import RunFolder
 from molink.node.orders import Orders
 from molink.node.reports import Reports
+from molink.node.server_hosts import EngineHost, GatewayHost
 from molink.node.stage_host import StageHost, StageSettings
 from molink.node.watchman import Watchman
 from molink.transport.allowance import Allowance
