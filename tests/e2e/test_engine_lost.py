@@ -152,6 +152,21 @@ def test_a_gateway_that_is_killed_comes_back(cluster: Cluster) -> None:
     assert cluster.ask([make_completion(make_prompt(5, 1), max_tokens=3)])
 
 
+def test_requests_wait_at_a_gateway_that_is_back_before_the_engine(cluster: Cluster) -> None:
+    for process in (ENGINE, "molink.entrypoints.gateway"):
+        victim(cluster, process).send_signal(signal.SIGKILL)
+
+    def answers() -> bool:
+        try:
+            return cluster.http.get("/cluster").is_success
+        except httpx.TransportError:
+            return False
+
+    eventually(answers, 10.0, "another gateway answers")
+    assert not cluster.view().serving
+    assert cluster.ask([make_completion(make_prompt(5, 1), max_tokens=3)])
+
+
 def test_who_is_left_takes_all_layers_and_streams_go_on(
     cluster: Cluster, undisturbed: list[dict[int, list[Any]]]
 ) -> None:

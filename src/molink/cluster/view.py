@@ -80,6 +80,7 @@ class ClusterView(msgspec.Struct, frozen=True):
     relays: list[RelayView] = []
     pace: PaceDecision | None = None
     at_once: int | None = None  # requests that the engine computes at once
+    has_served: bool = False  # since the head was started
 
 
 def make_view(
@@ -90,6 +91,7 @@ def make_view(
     steps_in_flight: int,
     pace: PaceDecision | None,
     at_once: int | None,
+    has_served: bool,
     reports: Mapping[NodeId, NodeReport],
     relayed: Set[frozenset[NodeId]],
     relayed_bytes: Mapping[tuple[NodeId, NodeId], int],
@@ -105,6 +107,7 @@ def make_view(
         steps_in_flight=steps_in_flight,
         pace=pace,
         at_once=at_once,
+        has_served=has_served,
         nodes=[_node_view(state, node, reports.get(node.id)) for node in state.nodes],
         stages=[
             StageView(

@@ -34,7 +34,7 @@ class AgentClient:
         self._max_outage_s = max_outage_s
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._down_at = 0.0  # by the loop's clock
+        self._down_at = self._loop.time()
         self._has_served = False
         self.view_json = b"{}"
         self.view: ClusterView | None = None
@@ -94,8 +94,9 @@ class AgentClient:
                 self.engines_lost += 1
             case to_gateway.ClusterView(view=view):
                 self.view_json, self.view = view, decode_view(view)
+                self._has_served = self.view.has_served
                 if self.view.serving:
-                    self.down, self._has_served = None, True
+                    self.down = None
         if (self.down, self.engines_lost) != before:
             self._changed.set()
             self._changed = asyncio.Event()

@@ -66,7 +66,9 @@ class Gateway:
         self._adapters = Adapters()
         self._registry = CollectorRegistry()
         self._registry.register(ClusterCollector(lambda: agent.view))
-        self._metrics = GatewayMetrics(self._registry, lambda: admission.waiting)
+        self._metrics = GatewayMetrics(
+            self._registry, lambda: admission.waiting, lambda: agent.engines_lost
+        )
 
     async def __call__(self, request: Request, answer: Answer) -> None:
         if request.path == "/cluster":

@@ -15,7 +15,12 @@ from molink.gateway.http import Refusal
 class GatewayMetrics:
     """What the gateway counts itself."""
 
-    def __init__(self, registry: CollectorRegistry, waiting: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        waiting: Callable[[], int],
+        engines_lost: Callable[[], int],
+    ) -> None:
         self._in_flight = Gauge(
             "molink_gateway_requests_in_flight", "Requests without an answer", registry=registry
         )
@@ -24,6 +29,11 @@ class GatewayMetrics:
             "Requests that wait for a place at the engine",
             registry=registry,
         ).set_function(waiting)
+        Gauge(
+            "molink_gateway_engines_lost",
+            "Engines that have ended since the gateway was started",
+            registry=registry,
+        ).set_function(engines_lost)
         self._answers = Counter(
             "molink_gateway_answers", "Answers by status", ["status"], registry=registry
         )

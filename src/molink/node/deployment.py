@@ -53,6 +53,7 @@ class Deployment:
         self.http_up = False
         self.at_once: int | None = None  # requests that the engine computes at once
         self.serving = False
+        self.has_served = False  # it, or an engine before it
         self.steps_in_flight = 0
         self.pace: PaceDecision | None = None
 
@@ -163,6 +164,7 @@ class Deployment:
         if state.error is None:
             self.loading = frozenset()
         had_served, self.serving = self.serving, self.http_up and state.error is None
+        self.has_served |= self.serving
         if self.serving and not had_served:
             self._voice.publish_view()  # the gateway refuses requests until it knows
             self._voice.say(f"serving at {self._http}")

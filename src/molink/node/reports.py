@@ -54,6 +54,7 @@ class Reports:
             serving=self._deployment.serving,
             steps_in_flight=self._deployment.steps_in_flight,
             at_once=self._deployment.at_once,
+            has_served=self._deployment.has_served,
             pace=self._deployment.pace,
             reports=self.all(),
             relayed=self._deployment.paths.relayed,

@@ -21,6 +21,7 @@ def view_of(cluster: Any, reports: dict[NodeId, NodeReport], **paths: Any) -> Cl
         steps_in_flight=0,
         pace=None,
         at_once=None,
+        has_served=True,
         reports=reports,
         **paths,
     )
