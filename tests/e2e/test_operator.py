@@ -101,6 +101,31 @@ def test_a_revoked_node_is_out_and_stays_out(cluster: Cluster) -> None:
         machine.end()
 
 
+def test_the_doctor_says_what_is_wrong_and_its_class(cluster: Cluster) -> None:
+    address = cluster.head.log.split("works at ")[1].split(";")[0]
+    token = order(cluster, "token", "create").stdout.strip()
+    well = order(cluster, "doctor", address, "--token", token, "--model", cluster.model)
+    assert well.returncode == 0, well.stdout
+    assert "the head accepts it" in well.stdout
+    own = order(cluster, "doctor", address, "--json")  # as the head itself, which knows more
+    checks = {found["check"]: found for found in json.loads(own.stdout)}
+    assert checks["versions"]["mend"] is checks["clock"]["mend"] is None
+    assert own.returncode == 0
+    for arguments, status, words in (
+        (["127.0.0.1:1"], 10, "start molink serve there"),
+        ([address, "--token", token, "--model", "/nowhere"], 14, "--model"),
+        ([address, "--token", "nonsense"], 1, "not a join token"),
+    ):
+        found = order(cluster, "doctor", *arguments)
+        assert found.returncode == status, found.stdout + found.stderr
+        assert words in " ".join((found.stdout + found.stderr).split())
+    listed = json.loads(order(cluster, "token", "list", "--json").stdout)
+    order(cluster, "token", "revoke", listed[-1]["id"])
+    revoked = order(cluster, "doctor", address, "--token", token)
+    assert revoked.returncode == 11
+    assert "molink token create" in " ".join(revoked.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

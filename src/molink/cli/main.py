@@ -3,6 +3,7 @@
 import typer
 
 from molink import __version__
+from molink.cli.doctor import doctor
 from molink.cli.join import join
 from molink.cli.key import key
 from molink.cli.orders import node, token
@@ -21,6 +22,7 @@ app.command(context_settings=_EXTRA)(serve)
 app.command(context_settings=_EXTRA)(join)
 app.command()(status)
 app.command()(key)
+app.command()(doctor)
 app.add_typer(token, name="token")
 app.add_typer(node, name="node")
 

@@ -61,7 +61,7 @@ class Coordinator:
         self._state = state
         self._store = store
         self._clock = clock
-        self._versions = versions
+        self.versions = versions
         self._nodes_wanted = nodes_wanted
         self._has_planned = False
         self._remaining: int | None = None  # nodes that share what others have left
@@ -200,7 +200,7 @@ class Coordinator:
         if record.bound_name not in (None, hello.name):
             raise AdmissionError(f"{hello.name} was let in as {record.bound_name}, and as no other")
         name = self._free_name(hello.name, node)
-        check_versions(name, hello.versions, self._versions)
+        check_versions(name, hello.versions, self.versions)
         if hello.tensor_parallel_size < 1:
             raise UsageError(f"{name}: tensor parallel size {hello.tensor_parallel_size} < 1")
         computes = hello.layers != "none"

@@ -8,6 +8,7 @@ import msgspec
 
 from molink.cluster.path import Reports, link_between
 from molink.cluster.state import ClusterState, NodeRecord
+from molink.core.cluster import Versions
 from molink.core.ids import NodeId
 from molink.wire.frames import Priority
 from molink.wire.to_agent import Downloading, PaceDecision, StageCounters
@@ -81,6 +82,9 @@ class ClusterView(msgspec.Struct, frozen=True):
     pace: PaceDecision | None = None
     at_once: int | None = None  # requests that the engine computes at once
     has_served: bool = False  # since the head was started
+    at: float = 0.0  # when it looked so, in unix seconds by the head's clock
+    molink: str = ""  # the head's versions
+    vllm: str = ""
 
 
 def make_view(
@@ -92,6 +96,8 @@ def make_view(
     pace: PaceDecision | None,
     at_once: int | None,
     has_served: bool,
+    at: float,
+    versions: Versions,
     reports: Mapping[NodeId, NodeReport],
     relayed: Set[frozenset[NodeId]],
     relayed_bytes: Mapping[tuple[NodeId, NodeId], int],
@@ -108,6 +114,9 @@ def make_view(
         pace=pace,
         at_once=at_once,
         has_served=has_served,
+        at=at,
+        molink=versions.molink,
+        vllm=versions.vllm,
         nodes=[_node_view(state, node, reports.get(node.id)) for node in state.nodes],
         stages=[
             StageView(

@@ -1,5 +1,6 @@
 """What the nodes report, put together for everybody who wants to know."""
 
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -55,6 +56,8 @@ class Reports:
             steps_in_flight=self._deployment.steps_in_flight,
             at_once=self._deployment.at_once,
             has_served=self._deployment.has_served,
+            at=time.time(),
+            versions=self._coordinator.versions,
             pace=self._deployment.pace,
             reports=self.all(),
             relayed=self._deployment.paths.relayed,

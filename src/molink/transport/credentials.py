@@ -65,6 +65,9 @@ def peer_certificate(auth_context: Mapping[str, Iterable[bytes]]) -> bytes:
     raise IdentityError("the caller showed no certificate")
 
 
+ACCEPTED = "can be reached and accepts this machine now"
+
+
 def diagnose(
     address: str,
     proof: JoinToken | NodeIdentity,
@@ -148,7 +151,7 @@ def _diagnose_tls(
         except OSError:
             greeting = b""
     if greeting:
-        return LinkError(f"{address} can be reached and accepts this machine now; try again")
+        return LinkError(f"{address} {ACCEPTED}; try again")
     if isinstance(proof, JoinToken):
         return TokenError(f"{address} does not accept this token: it was revoked or has expired")
     return LinkError(f"{address} does not accept this node's certificate, which may have expired")

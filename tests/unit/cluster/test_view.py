@@ -7,6 +7,7 @@ import msgspec
 from tests.links import make_link
 
 from molink.cluster.view import ClusterView, RelayView, decode_view, make_view
+from molink.core.cluster import Versions
 from molink.core.ids import HEAD, NodeId
 from molink.wire.to_agent import Downloading, StageCounters
 from molink.wire.to_head import NodeReport
@@ -22,6 +23,8 @@ def view_of(cluster: Any, reports: dict[NodeId, NodeReport], **paths: Any) -> Cl
         pace=None,
         at_once=None,
         has_served=True,
+        at=1.0,
+        versions=Versions(1, "0.1.0", "0.32.0"),
         reports=reports,
         **paths,
     )
