@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.e2e.cluster import COMMAND, Cluster, eventually
+from tests.e2e.cluster import COMMAND, START_S, Cluster, eventually
 from tests.e2e.conftest import BUNDLED, COMMON
 from tests.factories import make_completion, make_prompt
 
@@ -120,3 +120,25 @@ def test_a_head_that_is_told_to_end_lets_requests_end(cluster: Guarded) -> None:
     asking.join(END_S)
     assert answers[0].json()["usage"]["completion_tokens"] == 300
     assert cluster.head.wait(END_S) == 0
+
+
+class Alone(Cluster):
+    """One machine, whose head serves as that of a cluster would."""
+
+    def wait_until_serving(self, timeout_s: float = START_S) -> None:
+        self.head.wait_for("serving at", timeout_s)
+
+
+def test_one_machine_may_have_a_gateway_too() -> None:
+    with Alone(
+        BUNDLED, nodes=1, flags=COMMON, head_arguments=["--gateway", "--listen=127.0.0.1:0"]
+    ) as alone:
+        (before,) = alone.ask([LONG])
+        (engine,) = alone.head.processes("EngineCore")
+        with ThreadPoolExecutor(1) as threads:
+            asked = threads.submit(alone.ask, [LONG])
+            running = "vllm:num_requests_running"
+            eventually(lambda: alone.metrics()[running] == 1, 10, "it runs")
+            engine.kill()
+            (after,) = asked.result()
+        assert after["choices"][0]["text"] == before["choices"][0]["text"]

@@ -14,6 +14,14 @@ from molink.gateway.keys import hash_of, read_keys
 LIMITS: Final = Limits()  # what they are if nothing is said
 KEY_VARIABLE = "VLLM_API_KEY"
 
+GatewayOption = Annotated[
+    bool,
+    typer.Option(
+        "--gateway",
+        help="On one machine too, put the gateway before the engine: keys, limits, and streams "
+        "that outlive an engine.",
+    ),
+]
 KeysFileOption = Annotated[
     Path | None,
     typer.Option(

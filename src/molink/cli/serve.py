@@ -39,6 +39,7 @@ from molink.cli.levers import (
 from molink.cli.limits import (
     KEY_VARIABLE,
     LIMITS,
+    GatewayOption,
     KeysFileOption,
     MaxRunningOption,
     MaxWaitingOption,
@@ -125,6 +126,7 @@ def serve(
     split_after: SplitAfterOption = SPLIT_AFTER_S,
     max_outage: MaxOutageOption = MAX_OUTAGE_S,
     drain: DrainOption = DRAIN_S,
+    gateway: GatewayOption = False,
     api_keys_file: KeysFileOption = None,
     max_running: MaxRunningOption = LIMITS.running,
     max_waiting: MaxWaitingOption = LIMITS.waiting,
@@ -144,7 +146,9 @@ def serve(
         changed_patience = check_patience(lost_after, hung_after, split_after, max_outage, drain)
         _check_http(host, port, flags, api_keys_file)
         _say_surroundings(host, port, stage_settings(model, flags, send=False))
-        if nodes in (None, 1) and layers is None:
+        if gateway and nodes is None and layers is None:
+            nodes = 1
+        if nodes in (None, 1) and layers is None and not gateway:
             _check_alone(
                 {"--advertise": advertise, "--token-file": token_file, "--cluster": cluster}
             )
@@ -226,7 +230,10 @@ def _check_alone(of_cluster: Mapping[str, object]) -> None:
     """Raises UsageError for a flag that only a cluster has."""
     for name, value in of_cluster.items():
         if value is not None:
-            raise UsageError(f"{name} is for a cluster: add --nodes N or --layers A:B")
+            raise UsageError(
+                f"{name} is for a cluster: add --nodes N or --layers A:B, or --gateway on one "
+                "machine"
+            )
 
 
 def _plain_vllm(model: str, host: str, port: int, flags: list[str]) -> None:
