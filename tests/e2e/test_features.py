@@ -211,6 +211,12 @@ def test_tool_calls(pipeline: Cluster, reference: Cluster, choice: object) -> No
         assert calls
 
 
+def waiting_in(pipeline: Cluster) -> float:
+    """Requests that wait at the engine, or at the gateway for a place there."""
+    found = pipeline.metrics()
+    return found["vllm:num_requests_waiting"] + found["molink_gateway_requests_waiting"]
+
+
 def test_priority(pipeline: Cluster) -> None:
     """A request that comes last, and is urgent, ends before those that wait."""
     waiting = [
@@ -220,13 +226,9 @@ def test_priority(pipeline: Cluster) -> None:
     urgent = make_completion(make_prompt(40, seed=99), max_tokens=20, priority=-5)
     with ThreadPoolExecutor(max_workers=2) as threads:
         slow = threads.submit(pipeline.ask, waiting)
-        eventually(
-            lambda: pipeline.metrics()["vllm:num_requests_waiting"] >= MAX_NUM_SEQS,
-            20,
-            "requests wait",
-        )
+        eventually(lambda: waiting_in(pipeline) >= MAX_NUM_SEQS, 20, "requests wait")
         pipeline.ask([urgent])
-        assert pipeline.metrics()["vllm:num_requests_waiting"] > 0
+        assert waiting_in(pipeline) > 0
         assert not slow.done()
         slow.result()
 

@@ -63,16 +63,17 @@ class Admission:
         return len(self._queue)
 
     @asynccontextmanager
-    async def enter(self, tenant: Tenant, size: int) -> AsyncIterator[None]:
+    async def enter(self, tenant: Tenant, size: int, priority: int = 0) -> AsyncIterator[None]:
         """Wait for a place at the engine, and hold it. Raises Refusal if there is no room to wait.
 
         Args:
             size: bytes of the request.
+            priority: smaller ones go first, as vLLM has it.
         """
         self._check_room(tenant)
         self._present[tenant.name] += 1
         try:
-            await self._wait(tenant)
+            await self._wait(tenant, priority)
             began = time.monotonic()
             self.charge(tenant, size / BYTES_PER_TOKEN)
             try:
@@ -111,20 +112,20 @@ class Admission:
             raise _later(text, recent[0] + MINUTE_S - now)
         recent.append(now)
 
-    async def _wait(self, tenant: Tenant) -> None:
+    async def _wait(self, tenant: Tenant, priority: int) -> None:
         """Return once there is a place, which is taken then."""
         if self._running < self.most_running and not self.waiting:
             self._running += 1
             self._queue.pass_by(tenant.name)
             return
         turn = asyncio.get_running_loop().create_future()
-        self._queue.put(tenant.name, turn)
+        self._queue.put(tenant.name, turn, priority)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
                 with contextlib.suppress(ValueError):
-                    self._queue.remove(tenant.name, turn)
+                    self._queue.remove(tenant.name, turn, priority)
             else:  # its turn came at the same moment
                 self._running -= 1
                 self._let_in()

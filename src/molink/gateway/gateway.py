@@ -16,7 +16,7 @@ from molink.gateway.adapters import LOAD_PATH, UNLOAD_PATH, Adapters, refuse_in_
 from molink.gateway.admission import Admission
 from molink.gateway.agent_client import AgentClient
 from molink.gateway.connection import Answer
-from molink.gateway.generation import Generation
+from molink.gateway.generation import Generation, priority_of
 from molink.gateway.http import Headers, Refusal, Request, end_to_end
 from molink.gateway.keys import Keys
 from molink.gateway.metrics import ClusterCollector, GatewayMetrics
@@ -94,7 +94,8 @@ class Gateway:
                     self._admission.check(tenant)
                     await exchange.run()
                     return
-                async with self._admission.enter(tenant, len(request.body)):
+                urgency = priority_of(request.body)
+                async with self._admission.enter(tenant, len(request.body), urgency):
                     await exchange.run()
         except TimeoutError:
             late = Refusal(504, "TimeoutError", f"the request was not done within {seconds:g} s")

@@ -16,7 +16,22 @@ class _Wanted(msgspec.Struct):
     return_token_ids: bool | None = None
 
 
+class _Urgent(msgspec.Struct):
+    priority: int = 0
+
+
 _decoder = msgspec.json.Decoder(_Wanted)
+_urgent_decoder = msgspec.json.Decoder(_Urgent)
+
+
+def priority_of(body: bytes) -> int:
+    """Of a request, as vLLM takes it; 0 if it says none, or is for the engine to refuse."""
+    if b'"priority"' not in body:
+        return 0
+    try:
+        return _urgent_decoder.decode(body).priority
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
 
 
 class Generation:

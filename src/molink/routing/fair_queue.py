@@ -12,22 +12,21 @@ Item = TypeVar("Item")
 
 
 class FairQueue(Generic[Item]):
-    """Owns what waits, in order for each tenant, and what each was served."""
+    """Owns what waits, in order for each tenant and priority, and what each tenant was served."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[Item]] = {}  # no tenant with nothing
+        self._waiting: dict[tuple[int, str], deque[Item]] = {}  # by priority and tenant; no empty
         self._served: dict[str, float] = {}
         self._last = 0.0  # counter of the tenant that was last to leave the queue
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
 
-    def put(self, tenant: str, item: Item) -> None:
-        """Have an item wait behind the tenant's others."""
-        if tenant not in self._waiting:
+    def put(self, tenant: str, item: Item, priority: int = 0) -> None:
+        """Have an item wait behind the tenant's others; smaller priorities go first."""
+        if all(tenant != other for _, other in self._waiting):
             self._lift(tenant)
-            self._waiting[tenant] = deque()
-        self._waiting[tenant].append(item)
+        self._waiting.setdefault((priority, tenant), deque()).append(item)
 
     def pass_by(self, tenant: str) -> None:
         """An item of a tenant need not wait: nobody does."""
@@ -35,27 +34,27 @@ class FairQueue(Generic[Item]):
         self._last = self._served[tenant]
 
     def _lift(self, tenant: str) -> None:
-        others = [self._served[name] for name in self._waiting]
+        others = [self._served[name] for _, name in self._waiting]
         least = min(others, default=self._last)
         self._served[tenant] = max(self._served.get(tenant, 0.0), least)
 
     def take(self) -> Item:
-        """The first item of the tenant that was served least. Raises ValueError if none waits."""
-        tenant = min(self._waiting, key=self._served.__getitem__)
-        item = self._waiting[tenant].popleft()
-        self._leave(tenant)
+        """The most urgent item, of the tenant that was served least; ValueError if none waits."""
+        key = min(self._waiting, key=lambda key: (key[0], self._served[key[1]]))
+        item = self._waiting[key].popleft()
+        self._leave(key)
         return item
 
-    def remove(self, tenant: str, item: Item) -> None:
+    def remove(self, tenant: str, item: Item, priority: int = 0) -> None:
         """Take out an item that waits no more. Raises ValueError if it does not wait."""
-        self._waiting.get(tenant, deque()).remove(item)
-        self._leave(tenant)
+        self._waiting.get((priority, tenant), deque()).remove(item)
+        self._leave((priority, tenant))
 
     def charge(self, tenant: str, cost: float) -> None:
         """Count what a tenant was served: cost over its weight."""
         self._served[tenant] = self._served.get(tenant, 0.0) + cost
 
-    def _leave(self, tenant: str) -> None:
-        if not self._waiting[tenant]:
-            del self._waiting[tenant]
-            self._last = self._served[tenant]
+    def _leave(self, key: tuple[int, str]) -> None:
+        if not self._waiting[key]:
+            del self._waiting[key]
+            self._last = self._served[key[1]]

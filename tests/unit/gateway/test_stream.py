@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molink.gateway.generation import Generation
+from molink.gateway.generation import Generation, priority_of
 from molink.gateway.stream import DivergedError, Stream, StreamBrokenError
 from molink.wire.delivered import key_of
 
@@ -292,3 +292,16 @@ def test_the_rest_is_asked_for_with_what_the_client_has() -> None:
     asked = json.loads(generation.rest())
     assert asked["vllm_xargs"] == {"k": 1, key_of(1, 1): [1]}
     assert asked["prompt"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("body", "priority"),
+    [
+        (b'{"priority": -5}', -5),
+        (b'{"prompt": "x"}', 0),
+        (b'{"priority": "high"}', 0),
+        (b'{"priority"', 0),
+    ],
+)
+def test_how_urgent_a_request_is(body: bytes, priority: int) -> None:
+    assert priority_of(body) == priority

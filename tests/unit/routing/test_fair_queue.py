@@ -93,3 +93,19 @@ def test_those_who_wait_are_served_alike_to_within_one_request(costs: list[float
         served[name] += cost
         queue.charge(name, cost)
         assert max(served.values()) - min(served.values()) <= 10
+
+
+def test_the_most_urgent_goes_first_whoever_asks() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.charge("greedy", 1000)
+    for name, item, priority in (
+        ("modest", "later", 5),
+        ("modest", "usual", 0),
+        ("greedy", "urgent", -5),
+        ("greedy", "usual too", 0),
+    ):
+        queue.put(name, item, priority)
+    assert [queue.take() for _ in range(4)] == ["urgent", "usual", "usual too", "later"]
+    queue.put("modest", "gone", 3)
+    queue.remove("modest", "gone", 3)
+    assert len(queue) == 0
