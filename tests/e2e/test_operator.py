@@ -114,7 +114,7 @@ def test_the_doctor_says_what_is_wrong_and_its_class(cluster: Cluster) -> None:
     for arguments, status, words in (
         (["127.0.0.1:1"], 10, "start molink serve there"),
         ([address, "--token", token, "--model", "/nowhere"], 14, "--model"),
-        ([address, "--token", "nonsense"], 1, "not a join token"),
+        ([address, "--token", "nonsense"], 2, "not a join token"),
     ):
         found = order(cluster, "doctor", *arguments)
         assert found.returncode == status, found.stdout + found.stderr
