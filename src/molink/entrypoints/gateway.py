@@ -47,6 +47,7 @@ async def _serve(options: argparse.Namespace) -> None:
     seconds = given.limits.seconds
     gateway = Gateway(agent, Upstream(options.engine_socket), keys, admission, seconds)
     server = GatewayServer(gateway, keys.check)
+    await agent.knows.wait()  # it would send clients away that may wait
     await server.start(given.host, given.port, given.tls)
     tasks = [asyncio.create_task(_refresh(keys)), asyncio.create_task(_drain(agent, admission))]
     await ended.wait()

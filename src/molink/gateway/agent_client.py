@@ -41,6 +41,7 @@ class AgentClient:
         self.down: str | None = STARTING
         self.engines_lost = 0
         self.drains = asyncio.Event()  # nothing more is to be taken
+        self.knows = asyncio.Event()  # what the cluster looks like
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.GATEWAY))
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
         threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
@@ -95,6 +96,7 @@ class AgentClient:
             case to_gateway.ClusterView(view=view):
                 self.view_json, self.view = view, decode_view(view)
                 self._has_served = self.view.has_served
+                self.knows.set()
                 if self.view.serving:
                     self.down = None
         if (self.down, self.engines_lost) != before:

@@ -347,6 +347,8 @@ class HeadAgent(Agent):
             case Attach() if header.source.port in (Port.ENGINE, Port.SERVER):
                 if (news := self._deployment.news) is not None:
                     self.send_control(HEAD, header.source.port, to_engine.encode(news))
+            case Attach() if header.source.port == Port.GATEWAY:
+                self.publish_view()
             case StageUp() if self.has_all_ranks(self._settings.stage.tensor_parallel_size):
                 self._stage_up(HEAD, message)
             case EngineFailed(reason=reason, is_usage=is_usage):
