@@ -16,7 +16,6 @@ import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed import parallel_state
-from vllm.entrypoints.serve.middleware import authenticate
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
@@ -405,16 +404,3 @@ def spare_tokens_without_adapter(config: VllmConfig) -> None:
         output[indices < 0] = 0.0
 
     lora_ops.bgmv_shrink = bgmv_shrink  # `sgmv_shrink`, the one that is used, looks it up there
-
-
-def guard_routes(app: Any) -> None:
-    """Have vLLM ask for `--api-key` on every route but those that say how the server is.
-
-    It asks below four prefixes alone, and `/invocations` computes too. Breaks if its middleware
-    stops reading the prefixes from its own module.
-    """
-    paths = {route.path.partition("{")[0] for route in app.routes} - _OPEN_ROUTES
-    authenticate.GUARDED_PREFIX = (*authenticate.GUARDED_PREFIX, *sorted(paths))
-
-
-_OPEN_ROUTES = frozenset({"/", "/health", "/load", "/metrics", "/ping", "/version"})

@@ -16,7 +16,6 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed
 from vllm.usage.usage_lib import UsageContext
 
 from molink.core.errors import MolinkError, UsageError
-from molink.engine.compat import guard_routes
 from molink.engine.config import FlagParser, engine_flags_of
 from molink.engine.environment import set_partition
 from molink.engine.executor import PipelineExecutor
@@ -109,7 +108,7 @@ def _settle_dtype(arguments: Namespace, stages: Sequence[StagePlace]) -> None:
 
 @contextmanager
 def _customised_app(answers: Callable[[int], None]) -> Iterator[None]:
-    """Guard the routes of the application that `run_server` builds, and watch over it.
+    """Watch over the application that `run_server` builds.
 
     `run_server` finds `build_app` in its own module; breaks if it gets it from elsewhere.
     """
@@ -117,7 +116,6 @@ def _customised_app(answers: Callable[[int], None]) -> Iterator[None]:
 
     def build(*args: Any, **kwargs: Any) -> Any:
         app = build_app(*args, **kwargs)
-        guard_routes(app)
         # vLLM has built its stack already, so ours goes around it instead of into it.
         stack = app.middleware_stack or app.build_middleware_stack()
         app.middleware_stack = _Watch(app, stack, answers)

@@ -48,6 +48,15 @@ def test_how_the_server_is_everybody_may_know(path: str) -> None:
     assert Keys([hash_of("given")], None).tenant_of(request(path)) is ANYBODY
 
 
+@pytest.mark.parametrize("path", ["/invocations", "/v1/models", "/things/one", "/docs"])
+def test_every_other_route_asks_for_the_key(path: str) -> None:
+    keys = Keys([hash_of("key")], None)
+    with pytest.raises(Refusal) as caught:
+        keys.tenant_of(request(path))
+    assert caught.value.status == 401
+    assert keys.tenant_of(request(path, authorization="Bearer key")).name == "key-1"
+
+
 def test_a_browser_may_ask_what_it_may_ask() -> None:
     assert Keys([hash_of("given")], None).tenant_of(request(method=b"OPTIONS")) is ANYBODY
 
