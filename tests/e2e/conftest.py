@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.netlab import Lab, why_not
 from tests.e2e.cluster import Cluster
 from tests.e2e.models import FAMILIES, MAX_MODEL_LEN, make_model
 
@@ -115,3 +116,15 @@ def pytest_runtest_makereport(
             if isinstance(value, Cluster):
                 report.sections.append((f"logs of {name}", value.logs()))
     return report
+
+
+@pytest.fixture
+def two_hosts(request: pytest.FixtureRequest) -> Iterator[Lab]:
+    """The hosts `head` and `a`, linked by the LINE of the test's module."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Lab() as lab:
+        lab.add_host("head")
+        lab.add_host("a")
+        lab.link("head", "a", request.module.LINE)
+        yield lab

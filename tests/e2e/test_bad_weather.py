@@ -2,13 +2,13 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import psutil
 import pytest
-from benchmarks.netlab import Lab, Line, why_not
+from benchmarks.netlab import Lab, Line
 from tests.e2e.cluster import Cluster, Machine, Request, eventually, tokens
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import Running, requests_in_flight
@@ -37,19 +37,8 @@ NOTICED_S = 3.0  # after a link is lost, everybody knows
 REPAIR_S = 90.0
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Lab() as lab:
-        lab.add_host("head")
-        lab.add_host("a")
-        lab.link("head", "a", LINE)
-        yield lab
-
-
-def test_bad_weather(lab: Lab) -> None:
-    lab.call("head", lambda: through_all_weathers(lab))
+def test_bad_weather(two_hosts: Lab) -> None:
+    two_hosts.call("head", lambda: through_all_weathers(two_hosts))
 
 
 def through_all_weathers(lab: Lab) -> None:

@@ -139,30 +139,24 @@ def test_health_says_that_another_engine_is_starting(cluster: Cluster) -> None:
     eventually(lambda: cluster.has_status(200), REPAIR_S, "it serves again")
 
 
+def answers(cluster: Cluster, path: str) -> bool:
+    """Whether somebody answers there, and with 200."""
+    try:
+        return cluster.http.get(path).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
 def test_a_gateway_that_is_killed_comes_back(cluster: Cluster) -> None:
     victim(cluster, "molink.entrypoints.gateway").send_signal(signal.SIGKILL)
-
-    def answers() -> bool:
-        try:
-            return cluster.has_status(200)
-        except httpx.TransportError:
-            return False
-
-    eventually(answers, 10.0, "another gateway answers")
+    eventually(lambda: answers(cluster, "/health"), 10.0, "another gateway answers")
     assert cluster.ask([make_completion(make_prompt(5, 1), max_tokens=3)])
 
 
 def test_requests_wait_at_a_gateway_that_is_back_before_the_engine(cluster: Cluster) -> None:
     for process in (ENGINE, "molink.entrypoints.gateway"):
         victim(cluster, process).send_signal(signal.SIGKILL)
-
-    def answers() -> bool:
-        try:
-            return cluster.http.get("/cluster").is_success
-        except httpx.TransportError:
-            return False
-
-    eventually(answers, 10.0, "another gateway answers")
+    eventually(lambda: answers(cluster, "/cluster"), 10.0, "another gateway answers")
     assert not cluster.view().serving
     assert cluster.ask([make_completion(make_prompt(5, 1), max_tokens=3)])
 

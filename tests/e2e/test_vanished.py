@@ -1,9 +1,7 @@
 """A machine that vanishes without a word while another one stands by for it."""
 
-from collections.abc import Iterator
-
 import pytest
-from benchmarks.netlab import Lab, Line, why_not
+from benchmarks.netlab import Lab, Line
 from tests.e2e.cluster import Cluster, eventually
 from tests.e2e.conftest import BUNDLED, MAX_MODEL_LEN
 from tests.e2e.running import Running, requests_in_flight
@@ -16,19 +14,8 @@ TAKEN_OVER_S = 5.0  # where two cores do everything
 END_S = 60.0
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with Lab() as lab:
-        lab.add_host("head")
-        lab.add_host("a")
-        lab.link("head", "a", LINE)
-        yield lab
-
-
-def test_a_standby_takes_over_within_seconds(lab: Lab) -> None:
-    lab.call("head", lambda: cut_and_heal(lab))
+def test_a_standby_takes_over_within_seconds(two_hosts: Lab) -> None:
+    two_hosts.call("head", lambda: cut_and_heal(two_hosts))
 
 
 def cut_and_heal(lab: Lab) -> None:

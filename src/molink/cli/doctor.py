@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from molink.cli.console import console, fail, own_distribution, own_versions
-from molink.cli.flags import check_addresses
+from molink.cli.flags import check_addresses, token_in
 from molink.cluster.view import ClusterView, decode_view
 from molink.core.errors import IdentityError, LinkError, MolinkError
 from molink.node.checkup import (
@@ -66,11 +66,11 @@ def doctor(
 
 def _proof(head: str, token: str | None, file: Path | None) -> Proof | None:
     """What this machine would show the head: a token that is given, or what it has from before."""
-    text = token or (file.read_text() if file else None) or os.environ.get("MOLINK_TOKEN")
+    text = token or (token_in(file) if file else None) or os.environ.get("MOLINK_TOKEN")
     if text is not None:
         return JoinToken.decode(text.strip())
     for folder in known_clusters():
-        if folder.head.exists() and folder.head.read_text().strip() == head:
+        if folder.head_address() == head:
             try:
                 return NodeIdentity.load(folder.identity)
             except IdentityError:

@@ -2,6 +2,7 @@
 
 import re
 from itertools import takewhile
+from pathlib import Path
 
 from molink.cli.console import own_distribution
 from molink.core.errors import UsageError
@@ -19,6 +20,14 @@ def check_addresses(addresses: dict[str, str | None]) -> None:
         match = text is not None and _ADDRESS.fullmatch(text)
         if text is not None and not (match and int(match[2]) < 1 << 16):
             raise UsageError(f"{name} «{text}»: expected HOST:PORT, for example 192.168.1.5:7171")
+
+
+def token_in(file: Path) -> str:
+    """The join token in a file. Raises UsageError if it cannot be read."""
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the token file {file}: {error}") from None
 
 
 def check_flags(flags: list[str]) -> None:

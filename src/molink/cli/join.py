@@ -19,6 +19,7 @@ from molink.cli.flags import (
     check_device,
     check_flags,
     stage_settings,
+    token_in,
 )
 from molink.cli.sglang import in_vllms_words
 from molink.cluster.admission import check_node_name
@@ -135,10 +136,7 @@ def _read_token(token: str | None, file: Path | None, head: str | None) -> JoinT
         )
     if token is None:
         assert file is not None
-        try:
-            token = file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"cannot read the token file {file}: {error}") from None
+        token = token_in(file)
     return JoinToken.decode(token.strip())
 
 

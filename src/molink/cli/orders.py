@@ -116,13 +116,13 @@ def _ask(order: Order, cluster: str | None) -> Reply:
 
 async def _send(order: Order, cluster: str | None) -> Reply:
     folder = _head(cluster)
-    address, identity = folder.head.read_text().strip(), NodeIdentity.load(folder.identity)
+    address, identity = str(folder.head_address()), NodeIdentity.load(folder.identity)
     return orders.decode_reply(await send_order(address, identity, orders.encode(order), TIMEOUT_S))
 
 
 def _head(cluster: str | None) -> ClusterFolder:
     """The folder of this machine's head. Raises UsageError if it is not clear which is meant."""
-    found = [f for f in known_clusters() if f.authority.exists() and f.head.exists()]
+    found = [f for f in known_clusters() if f.authority.exists() and f.head_address()]
     if cluster is not None:
         found = [folder for folder in found if folder.path.name == cluster]
     if not found:

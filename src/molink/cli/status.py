@@ -51,7 +51,7 @@ async def _ask(head: str | None) -> dict[str, bytes]:
     known = [
         (address, identity)
         for folder in known_clusters()
-        if (address := _head_of(folder)) and (identity := _identity_of(folder))
+        if (address := folder.head_address()) and (identity := _identity_of(folder))
     ]
     if not known:
         raise UsageError(
@@ -87,10 +87,6 @@ async def _ask_with_any(head: str) -> bytes:
         except LinkError as error:
             trouble = error
     raise trouble
-
-
-def _head_of(folder: ClusterFolder) -> str | None:
-    return folder.head.read_text().strip() if folder.head.exists() else None
 
 
 def _identity_of(folder: ClusterFolder) -> NodeIdentity | None:

@@ -141,8 +141,10 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
         case NodeEnrolled(node, name, at, token_id, is_bound):
             if node != len(state.nodes) or node > MAX_NODE_ID:
                 raise ValueError(f"node id {node} is not the next one")
-            record = NodeRecord(node, name, NodeStatus.ENROLLED, at, token=token_id)
-            record = replace(record, bound_name=name if is_bound else None)
+            bound = name if is_bound else None
+            record = NodeRecord(
+                node, name, NodeStatus.ENROLLED, at, token=token_id, bound_name=bound
+            )
             return replace(state, nodes=(*state.nodes, record))
         case NodeJoined():
             return _node_joined(state, event)

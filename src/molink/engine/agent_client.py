@@ -1,12 +1,9 @@
 """The engine's HTTP server and its agent: for which pipeline it is, and that it answers."""
 
 import logging
-import os
-import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from molink.core.errors import MolinkError
 from molink.core.ids import HEAD, Address, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_engine
@@ -24,7 +21,7 @@ class AgentClient:
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.SERVER))
         self._assigned: Future[PipelineAssigned] = Future()
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
-        threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
+        self._socket.follow(self._handle)
 
     def wait_for_pipeline(self) -> PipelineAssigned:
         """Blocks until the nodes are there."""
@@ -40,18 +37,7 @@ class AgentClient:
         state = to_agent.EngineState(epoch, None, at_once=at_once)
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(state)])
 
-    def _receive(self) -> None:
-        try:
-            while True:
-                message = self._socket.receive()
-                if message.kind == Kind.CONTROL and message.source == AGENT:
-                    self._handle(to_engine.decode(message.payload))
-        except MolinkError:
-            os._exit(1)
-        except Exception:
-            logger.exception("the agent said what nobody understands")
-            os._exit(1)
-
-    def _handle(self, message: to_engine.ToEngine) -> None:
+    def _handle(self, payload: bytes | bytearray) -> None:
+        message = to_engine.decode(payload)
         if isinstance(message, PipelineAssigned) and not self._assigned.done():
             self._assigned.set_result(message)

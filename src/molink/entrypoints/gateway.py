@@ -45,8 +45,9 @@ async def _serve(options: argparse.Namespace) -> None:
     agent = AgentClient(options.socket, given.max_outage_s)
     admission = Admission(given.limits, lambda: agent.view.at_once if agent.view else None)
     seconds = given.limits.seconds
-    gateway = Gateway(agent, Upstream(options.engine_socket), keys, admission, seconds)
-    server = GatewayServer(gateway, keys.check)
+    engine = Upstream(options.engine_socket)
+    gateway = Gateway(agent, engine, keys, admission, seconds)
+    server = GatewayServer(gateway, keys.tenant_of)
     await agent.knows.wait()  # it would send clients away that may wait
     await server.start(given.host, given.port, given.tls)
     tasks = [asyncio.create_task(_refresh(keys)), asyncio.create_task(_drain(agent, admission))]
@@ -54,6 +55,7 @@ async def _serve(options: argparse.Namespace) -> None:
     for task in tasks:
         task.cancel()
     await server.stop()
+    engine.close()
 
 
 async def _drain(agent: AgentClient, admission: Admission) -> None:

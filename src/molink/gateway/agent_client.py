@@ -3,12 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import os
-import threading
 from pathlib import Path
 
 from molink.cluster.view import ClusterView, decode_view
-from molink.core.errors import MolinkError
 from molink.core.ids import HEAD, Address, Port
 from molink.transport.local import LocalSocket
 from molink.wire import to_agent, to_gateway
@@ -44,7 +41,7 @@ class AgentClient:
         self.knows = asyncio.Event()  # what the cluster looks like
         self._socket = LocalSocket(socket_path, Address(HEAD, Port.GATEWAY))
         self._socket.send(Kind.CONTROL, AGENT, [to_agent.encode(to_agent.Attach())])
-        threading.Thread(target=self._receive, name="agent-client", daemon=True).start()
+        self._socket.follow(self._take)
 
     @property
     def waits_for_s(self) -> float:
@@ -70,18 +67,8 @@ class AgentClient:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._changed.wait(), timeout_s)
 
-    def _receive(self) -> None:
-        try:
-            while True:
-                message = self._socket.receive()
-                if message.kind == Kind.CONTROL and message.source == AGENT:
-                    found = to_gateway.decode(message.payload)
-                    self._loop.call_soon_threadsafe(self._handle, found)
-        except MolinkError:
-            os._exit(1)
-        except Exception:
-            logger.exception("the agent said what nobody understands")
-            os._exit(1)
+    def _take(self, payload: bytes | bytearray) -> None:
+        self._loop.call_soon_threadsafe(self._handle, to_gateway.decode(payload))
 
     def _handle(self, message: ToGateway) -> None:
         before = self.down, self.engines_lost

@@ -1,28 +1,16 @@
 """What our ASGI middleware shares: its types, reading and replacing a body, answers of its own."""
 
-import json
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from dataclasses import dataclass
 from typing import Any
+
+from molink.gateway.http import JSON_HEADERS, MAX_BODY, Headers, Refusal
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
-
-MAX_BODY = 64 * 1024 * 1024  # bytes; chats may hold pictures
 _ABOUT_BODY = (b"content-length", b"content-type", b"transfer-encoding")
-
-
-@dataclass(frozen=True)
-class Refusal(Exception):
-    """An answer of our own instead of the application's."""
-
-    status: int
-    kind: str
-    message: str
 
 
 def with_body(
@@ -64,7 +52,7 @@ def _refusing(refusal: Refusal, send: Send) -> Send:
 
     async def refuse(message: Message) -> None:
         if message["type"] == "http.response.start":
-            await respond_error(send, refusal.status, refusal.kind, refusal.message)
+            await respond(send, refusal.status, refusal.body)
 
     return refuse
 
@@ -109,21 +97,7 @@ def is_post(scope: Scope, path: str) -> bool:
     return bool(scope["path"].removeprefix(scope.get("root_path", "")) == path)
 
 
-async def respond(send: Send, status: int, body: bytes, headers: Headers | None = None) -> None:
+async def respond(send: Send, status: int, body: bytes) -> None:
     """Answer with JSON."""
-    own = [(b"content-type", b"application/json"), *(headers or [])]
-    await send({"type": "http.response.start", "status": status, "headers": own})
+    await send({"type": "http.response.start", "status": status, "headers": JSON_HEADERS})
     await send({"type": "http.response.body", "body": body})
-
-
-async def respond_error(
-    send: Send, status: int, kind: str, message: str, headers: Headers | None = None
-) -> None:
-    """Answer with an error in OpenAI's form."""
-    body = json.dumps(error_body(status, kind, message)).encode()
-    await respond(send, status, body, headers)
-
-
-def error_body(status: int, kind: str, message: str) -> dict[str, Any]:
-    """An error in OpenAI's form."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

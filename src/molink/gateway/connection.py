@@ -1,6 +1,7 @@
 """A client's connection: reads its requests one after the other, and writes their answers."""
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -60,7 +61,7 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         handle: Handler,
-        check: Callable[[Request], None],
+        check: Callable[[Request], object],
         budget: Budget,
         connections: set["Connection"],
     ) -> None:
@@ -213,12 +214,12 @@ class Connection(asyncio.Protocol):
         except Refusal as refusal:
             answer.refuse(refusal)
         except ClientGone:
-            self._transport.abort()
+            pass
         except Exception:
             logger.exception("%s %s", request.method, request.path)
             answer.refuse(Refusal(500, "InternalServerError", "the gateway failed; see its log"))
-        if not self._writable.is_set():
-            await self._wait_until_read()
+        with contextlib.suppress(ClientGone):  # nothing more is answered before this is read
+            await answer.until_read()
         self._keep(-len(request.body))
         self._task = None
         if not request.keeps_alive or not answer.is_complete:
@@ -229,13 +230,6 @@ class Connection(asyncio.Protocol):
             self.end()
         else:
             self._waits_for(QUIET_TIMEOUT_S if self._is_reading else IDLE_TIMEOUT_S)
-
-    async def _wait_until_read(self) -> None:
-        """Nothing more is answered before the client has read what it asked for."""
-        try:
-            await asyncio.wait_for(self._writable.wait(), STALLED_TIMEOUT_S)
-        except TimeoutError:
-            self._transport.abort()
 
     def _refuse(self, refusal: Refusal) -> None:
         """What comes further on this connection is not understood.
@@ -326,10 +320,15 @@ class Answer:
         """Send a piece of the body. Raises ClientGone if the client has stopped reading."""
         if data:
             self._transport.write(chunk(data) if self._is_chunked else data)
+        await self.until_read()
+
+    async def until_read(self) -> None:
+        """Wait while much waits to be read. Cuts off a client that stops reading: ClientGone."""
         if not self._writable.is_set():
             try:
                 await asyncio.wait_for(self._writable.wait(), STALLED_TIMEOUT_S)
             except TimeoutError:
+                self._transport.abort()
                 raise ClientGone from None
 
     def end(self) -> None:

@@ -83,14 +83,13 @@ class Gateway:
         tenant = self._keys.tenant_of(request)
         if self._agent.drains.is_set() and request.path not in ALWAYS_ANSWERED:
             raise Refusal(503, UNAVAILABLE, "the server is about to end", RETRY_AFTER_S)
-        path = request.path
-        if path == LOAD_PATH:
+        if request.path == LOAD_PATH:
             refuse_in_place(request.body)
         seconds = _deadline_of(request, self._seconds)
         exchange = _Exchange(request, answer, self._agent, self._engine, self._adapters)
         try:
             async with asyncio.timeout(seconds):
-                if request.method != b"POST" or path in FREE_PATHS:
+                if request.method != b"POST" or request.path in FREE_PATHS:
                     self._admission.check(tenant)
                     await exchange.run()
                     return

@@ -12,7 +12,6 @@ from molink.gateway.asgi import (
     Application,
     Message,
     Receive,
-    Refusal,
     Scope,
     Send,
     headers_for,
@@ -21,6 +20,7 @@ from molink.gateway.asgi import (
     with_body,
 )
 from molink.gateway.generate_forms import Form, FormError, Outputs, read_form
+from molink.gateway.http import Refusal
 
 PATH = "/generate"
 COMPLETIONS_PATH = "/v1/completions"

@@ -1,6 +1,7 @@
 """HTTP/1.1 as the gateway speaks it: requests, heads of answers, limits."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from http import HTTPStatus
 from urllib.parse import unquote
 
@@ -22,7 +23,7 @@ _STATUS_LINES = {
 }
 
 
-@dataclass(slots=True)
+@dataclass
 class Request:
     """What a client asks for, whole."""
 
@@ -33,7 +34,7 @@ class Request:
     keeps_alive: bool = True
     is_old: bool = False  # HTTP/1.0, which knows no chunks
 
-    @property
+    @cached_property
     def path(self) -> str:
         """As the engine's server reads it: without a host, and decoded. Raises Refusal."""
         try:

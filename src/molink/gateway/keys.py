@@ -115,10 +115,6 @@ class Keys:
             raise Refusal(401, "AuthenticationError", _UNAUTHORIZED)
         return tenant
 
-    def check(self, request: Request) -> None:
-        """Raises Refusal for a request without a key, where there are any."""
-        self.tenant_of(request)
-
 
 def _key_in(request: Request) -> str:
     kind, _, key = (request.header(b"authorization") or b"").partition(b" ")

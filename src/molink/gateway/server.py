@@ -46,7 +46,7 @@ class GatewayServer:
     """
 
     def __init__(
-        self, handle: Handler, check: Callable[[Request], None] = lambda request: None
+        self, handle: Handler, check: Callable[[Request], object] = lambda request: None
     ) -> None:
         self._handle = handle
         self._check_request = check

@@ -45,7 +45,7 @@ class _ToolCall(msgspec.Struct):
     function: _Function = msgspec.field(default_factory=_Function)
 
 
-class _Delta(msgspec.Struct, omit_defaults=True):
+class _Delta(msgspec.Struct):
     role: str | None = None
     content: str | None = None
     reasoning: str | None = None

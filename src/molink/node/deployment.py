@@ -128,13 +128,13 @@ class Deployment:
 
     def arrived(self, node: NodeId) -> None:
         """A node has joined, perhaps anew: its stage's process holds nothing."""
-        self.unloaded.discard(node)
-        self.standby_lost(node)
+        self.stage_gone(node)
         self.unable = {(other, layers) for other, layers in self.unable if other != node}
         self.paths.forget(node)
 
-    def standby_lost(self, node: NodeId) -> None:
-        """A node is gone; if it was loading layers ahead, nobody waits for it any more."""
+    def stage_gone(self, node: NodeId) -> None:
+        """A node's stage is gone; if it was loading layers ahead, nobody waits for it any more."""
+        self.unloaded.discard(node)
         if self.warming.pop(node, None) is not None:
             self._voice.tell_engine(StandbyDropped(node))
 

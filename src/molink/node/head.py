@@ -263,8 +263,7 @@ class HeadAgent(Agent):
     def node_lost(self, node: NodeId, reason: str) -> None:
         """A node is gone, or counts as gone."""
         record = self._coordinator.state.node(node)
-        self._deployment.unloaded.discard(node)
-        self._deployment.standby_lost(node)
+        self._deployment.stage_gone(node)
         self._reports.forget(node)
         if record.is_connected:
             self._coordinator.node_lost(node, reason)
@@ -272,8 +271,7 @@ class HeadAgent(Agent):
             self._changed.set()
 
     def _stage_lost(self, node: NodeId, reason: str) -> None:
-        self._deployment.unloaded.discard(node)
-        self._deployment.standby_lost(node)
+        self._deployment.stage_gone(node)
         self._coordinator.stage_lost(node, reason)
         self._changed.set()
 

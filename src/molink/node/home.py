@@ -53,6 +53,10 @@ class ClusterFolder:
         """Holds HOST:PORT of the head's agent."""
         return self.path / "head"
 
+    def head_address(self) -> str | None:
+        """HOST:PORT of the head's agent, as it was last; None: this machine has had none."""
+        return self.head.read_text().strip() if self.head.exists() else None
+
     @property
     def token(self) -> Path:
         return self.path / "token"

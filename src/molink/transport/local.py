@@ -7,18 +7,21 @@ agent may leave unread while their lane of a link is full.
 """
 
 import contextlib
+import logging
+import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 
-from molink.core.errors import LinkError
-from molink.core.ids import Address
+from molink.core.errors import LinkError, MolinkError
+from molink.core.ids import Address, Port
 from molink.wire.assembly import Assembler, Message
 from molink.wire.frames import HEADER_SIZE, FrameHeader, Kind, Priority, cut
 
+logger = logging.getLogger("molink.agent")
 SOCKET_BUFFER = 4 * 1024 * 1024  # bytes asked of the kernel, which may give less
 MAX_UNFINISHED = 1 << 31  # bytes of messages that may be half received
 _MAX_PIECES = 64  # buffers of one system call
@@ -96,6 +99,24 @@ class LocalSocket:
             message = self._assembler.commit(header)
             if message is not None:
                 return message
+
+    def follow(self, handle: Callable[[bytes | bytearray], None]) -> None:
+        """In a thread, hand on every control message of the agent; end the process with it."""
+
+        def receive() -> None:
+            agent = Address(self.address.node, Port.AGENT)
+            try:
+                while True:
+                    message = self.receive()
+                    if message.kind == Kind.CONTROL and message.source == agent:
+                        handle(message.payload)
+            except MolinkError:
+                os._exit(1)
+            except Exception:
+                logger.exception("the agent said what nobody understands")
+                os._exit(1)
+
+        threading.Thread(target=receive, name="agent-client", daemon=True).start()
 
     def _fill(self, view: memoryview) -> None:
         while view.nbytes:

@@ -188,7 +188,7 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     upstream = Upstream(engine.path)
     keys, admission = Keys([], None), Admission(Limits(), lambda: None)
     handle = Gateway(agent, upstream, keys, admission)  # type: ignore[arg-type]
-    port = GatewayServer(handle, keys.check)
+    port = GatewayServer(handle, keys.tenant_of)
     served = Served(agent, engine, keys, admission, await port.start("127.0.0.1", 0, Tls()))
     served.budget = port._budget
     async with served.http:

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molink.gateway.asgi import MAX_BODY, Message, Receive, Scope, Send, respond
+from molink.gateway.asgi import Message, Receive, Scope, Send, respond
 from molink.gateway.generate import GenerateMiddleware
 from molink.gateway.generate_forms import FormError, SglangForm, VllmForm, read_form
+from molink.gateway.http import MAX_BODY
 
 WORDS = (" a", " b", " c")
 """What every prompt is continued with; token ids 10, 11, 12; logprobs -0.5, -1.5, -2.5."""
